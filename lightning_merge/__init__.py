@@ -1,0 +1,1 @@
+"""Merge fine-tuned experts into one model that a preference vector steers."""

@@ -1,0 +1,114 @@
+"""Writing files so that a killed run leaves the old one or the new one, never half of one."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on success it takes the place of ``path``.
+
+    On an error the temporary file is removed and ``path`` is as it was. The folder is made.
+
+    Raises:
+        OSError: If the folder cannot be made or written to, naming the path and the way out.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}"
+        )
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, in one step.
+
+    Raises:
+        OSError: If the disk is full or the path cannot be written to.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        except Exception as error:  # safetensors reports a full disk with a class of its own
+            if type(error).__name__ == "SafetensorError":
+                raise OSError(str(error)) from error
+            raise
+
+
+def read_json(path: str | Path, format_name: str, newest: int) -> dict[str, Any]:
+    """Read a manifest and check its format.
+
+    Args:
+        path: The JSON file, an object with ``{"format": {"name": ..., "version": ...}}``.
+        format_name: What it must be.
+        newest: The newest version that this release reads.
+
+    Raises:
+        ValueError: If it is missing, damaged, of another kind, or newer than this release.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        found = value["format"]["name"], int(value["format"]["version"])
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} does not exist, so {path.parent} is no {format_name}. Check the path, or run "
+            "the step that makes it."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a readable {format_name} manifest ({error}). Restore it, or make the "
+            f"{format_name} again."
+        ) from error
+    if found[0] != format_name:
+        raise ValueError(f"{path} describes a {found[0]}, expected a {format_name}.")
+    if found[1] > newest:
+        raise ValueError(
+            f"{path} has format version {found[1]}; this release reads up to {newest}. "
+            "Upgrade lightning-merge: pip install -U lightning-merge."
+        )
+    return dict(value)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return type(error)(
+        error.errno or 0,
+        f"cannot write {path}: {error.strerror or error}. Nothing was changed; free some space or "
+        "check the permissions of its folder, and run again",
+    )

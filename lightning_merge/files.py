@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,6 +43,35 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path``; on success it takes the place of ``path``.
+
+    On an error the temporary folder is removed and ``path`` is as it was.
+
+    Raises:
+        OSError: If the folder cannot be made or written to, naming the path and the way out.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    old = temporary.with_suffix(".old")
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        if old.exists() and not path.exists():  # the second rename failed
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, in one step."""
     with replacing(path) as temporary:
@@ -55,14 +86,23 @@ def write_tensors(
     Raises:
         OSError: If the disk is full or the path cannot be written to.
     """
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        try:
-            save_file(contiguous, temporary, metadata=dict(metadata or {}))
-        except Exception as error:  # safetensors reports a full disk with a class of its own
-            if type(error).__name__ == "SafetensorError":
-                raise OSError(str(error)) from error
-            raise
+        save_tensors(temporary, tensors, metadata)
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors to a path given by :func:`replacing`.
+
+    Raises:
+        OSError: If the disk is full or the path cannot be written to.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata=dict(metadata or {}))
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
 
 
 def read_json(path: str | Path, format_name: str, newest: int) -> dict[str, Any]:

@@ -41,6 +41,10 @@ class LazyStateDict(Mapping[str, Tensor]):
         """Shape of one tensor, from the header alone."""
         return tuple(self._file.get_slice(name).get_shape())
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """A slice of one tensor along its first dimension, without reading the rest."""
+        return self._file.get_slice(name)[rows]
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)

@@ -1,0 +1,124 @@
+"""Reading foreign checkpoints: tensors only, nothing is ever unpickled into a live object."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from lightning_merge.networks import clean_names
+from lightning_merge.states import LazyStateDict, StateDict
+
+
+class StandIn:
+    """Inert object in the place of whatever a checkpoint holds beside plain data and tensors."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
+        """Take any arguments and keep none."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None:
+        """Drop a list item."""
+
+    def extend(self, value: Any) -> None:
+        """Drop list items."""
+
+
+def read_checkpoint(path: str | Path, *, stand_ins: bool = False) -> StateDict:
+    """Read the weights of a ``.safetensors``, ``.ckpt``, ``.pt`` or ``.pth`` file.
+
+    A Lightning checkpoint gives its ``state_dict``; wrapper parts of names are dropped.
+
+    Args:
+        path: The file.
+        stand_ins: Replace objects that ``weights_only=True`` refuses by inert stand-ins, and read
+            the tensors. Safe, as nothing of the file is run, but what the objects held is lost.
+
+    Raises:
+        ValueError: If the file is missing or damaged, needs unpickling, or holds no weights.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return LazyStateDict(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: expected a checkpoint file.")
+    names = _refused(path)
+    if names and not stand_ins:
+        raise ValueError(
+            f"{path} needs unpickling of {', '.join(names[:5])}, which could run code; only tensors "
+            "and plain data are read. Read it with lightning_merge.checkpoints.read_checkpoint("
+            "path, stand_ins=True), which replaces these by inert objects and keeps the tensors, "
+            "or save its state_dict alone as safetensors."
+        )
+    fakes: list[Any] = [
+        (type(name.rpartition(".")[2], (StandIn,), {}), name) for name in names if "." in name
+    ]
+    try:
+        with safe_globals(fakes):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors ({str(error).splitlines()[0]}). It "
+            "may be truncated, or hold a pickled object: save the module's state_dict instead."
+        ) from error
+    return clean_names(_weights(content, path))
+
+
+def under_prefix(state: StateDict, names: list[str], source: str) -> tuple[str, StateDict]:
+    """Find the prefix under which a state dict holds all of ``names``.
+
+    Returns:
+        The prefix (``""``, or one that ends in a dot) and the tensors below it, without it.
+
+    Raises:
+        ValueError: If no prefix fits; the message lists the names at the top level.
+    """
+    anchor = names[0]
+    prefixes = [name[: -len(anchor)] for name in state if name.endswith(anchor)]
+    fitting = [
+        prefix
+        for prefix in sorted(set(prefixes), key=len)
+        if (not prefix or prefix.endswith(".")) and all(prefix + name in state for name in names)
+    ]
+    if not fitting:
+        top = sorted({name.partition(".")[0] for name in state})
+        raise ValueError(
+            f"{source} does not hold the {len(names)} parameters of the base's backbone (such as "
+            f"'{anchor}'); at its top level: {', '.join(top[:8])}. Was it trained from this base?"
+        )
+    prefix = fitting[0]
+    inside = {name[len(prefix) :]: state[name] for name in state if name.startswith(prefix)}
+    return prefix, inside
+
+
+def _refused(path: Path) -> list[str]:
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except ValueError:  # a file of before torch 1.6: torch.load decides
+        return []
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):  # damaged: as above
+        return []
+
+
+def _weights(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    weights = (
+        {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
+    if not weights:
+        raise ValueError(
+            f"{path} holds no state dict of tensors. Save the module's state_dict, not the module."
+        )
+    return weights

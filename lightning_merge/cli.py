@@ -1,0 +1,152 @@
+"""The command line: Lightning's own, with ``merge``, ``sweep`` and ``export`` beside ``fit``."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+# Imported so that their short names resolve, as in --method TIES or --data TaskSuite.
+import lightning_merge.callbacks
+import lightning_merge.data
+import lightning_merge.methods
+import lightning_merge.modules  # noqa: F401
+from lightning_merge.trainer import MergeTrainer
+
+OWN = ("merge", "sweep", "export")
+COMMANDS = ("fit", "validate", "test", "predict", *OWN)
+
+
+class SuiteConfig(ActionConfigFile):
+    """A config file that serves all subcommands.
+
+    Beside the groups that all of them have (``trainer``, ``model``, ``data``, ...), it may have
+    one section for each subcommand, such as ``merge:`` with ``pool`` and ``output``; a subcommand
+    reads the common groups and its own section.
+    """
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        """Apply one file."""
+        command = getattr(parser, "subcommand_name", None)
+        if command is not None and isinstance(values, str):
+            values = restricted(values, command)
+        super().__call__(parser, cfg, values, option_string)
+
+
+def restricted(source: str, command: str) -> str:
+    """Give the part of a suite's YAML that one subcommand reads, as YAML.
+
+    Args:
+        source: Path of the file, or YAML text.
+        command: The subcommand.
+
+    Raises:
+        ValueError: If the file does not exist or is no YAML mapping.
+    """
+    path = Path(source)
+    is_text = "\n" in source or ":" in source
+    if not is_text and not path.is_file():
+        raise ValueError(f"config file {source} does not exist (working folder {Path.cwd()}).")
+    text = path.read_text(encoding="utf-8") if not is_text else source
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"config {source} is no YAML mapping.")
+    own = content.get(command) if isinstance(content.get(command), dict) else {}
+    common = {key: value for key, value in content.items() if key not in COMMANDS}
+    return yaml.safe_dump(_joined(common, own or {}), sort_keys=False)
+
+
+def _joined(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    joined = dict(common)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(joined.get(key), dict)
+        joined[key] = _joined(joined[key], value) if both else value
+    return joined
+
+
+class MergeCLI(LightningCLI):
+    """Lightning's command line with the stages of merging."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Subcommands and the arguments of theirs that the command line fills by itself."""
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in OWN}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose config files may have sections."""
+        parser = super().init_parser(**kwargs)
+        for action in parser._actions:
+            if isinstance(action, ActionConfigFile):
+                action.__class__ = SuiteConfig
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data; the stages of merging need neither of the latter."""
+        if self._building not in OWN:
+            super().add_core_arguments_to_parser(parser)
+            return
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({"trainer.logger": False})
+        for kind, key in ((LightningModule, "model"), (LightningDataModule, "data")):
+            parser.add_lightning_class_args(kind, key, subclass_mode=True, required=False)
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        self._building = subcommand
+        if subcommand not in OWN:
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        else:
+            parser = self.init_parser(**kwargs)
+            self._add_arguments(parser)
+            self._subcommand_method_arguments[subcommand] = parser.add_method_arguments(
+                klass, subcommand, skip=set(self.subcommands()[subcommand]), sub_configs=True
+            )
+        parser.subcommand_name = subcommand
+        return parser
+
+    def _add_instantiators(self) -> None:
+        # They stamp hyper-parameters of the top-level model on every nested module, and fail
+        # where there is no model; only a fit needs them, for load_from_checkpoint.
+        if self.subcommand not in OWN:
+            super()._add_instantiators()
+
+    def before_instantiate_classes(self) -> None:
+        """Build the model for a stage of merging only if the artifact cannot build its own."""
+        if self.subcommand not in OWN:
+            return
+        config = self.config[self.subcommand]
+        if self.subcommand != "sweep":
+            config["data"] = None
+        if config.get("model") is not None and _knows_its_network(config):
+            config["model"] = None
+
+
+def _knows_its_network(config: Any) -> bool:
+    import json
+
+    for folder, name in ((config.get("merged"), "merged.json"), (config.get("pool"), "pool.json")):
+        if folder and (Path(folder) / name).is_file():
+            try:
+                return json.loads((Path(folder) / name).read_text("utf-8"))["model"] is not None
+            except (ValueError, KeyError):
+                return True  # reading it later explains what is wrong
+    return True
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line; a mistake of the user's ends in one line, not in a traceback."""
+    try:
+        MergeCLI(
+            trainer_class=MergeTrainer,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"default_env": True},
+            args=args,
+        )
+    except (ValueError, OSError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"lightning-merge: error: {message}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)

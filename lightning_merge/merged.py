@@ -1,0 +1,321 @@
+"""The merged model: a backbone, the experts' heads, and a correction that a preference solves."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from lightning_merge.calibrating import correction_statistics
+from lightning_merge.calibration import CalibrationInputs
+from lightning_merge.correction import (
+    ClosedFormCorrection,
+    CorrectionOptions,
+    CorrectionStatistics,
+)
+from lightning_merge.exporting import write_network
+from lightning_merge.files import read_json, replacing_folder, write_json, write_tensors
+from lightning_merge.networks import (
+    build_head,
+    first_linear,
+    get_submodule,
+    load_backbone,
+    plain_copy,
+    set_submodule,
+    split_state,
+)
+from lightning_merge.pool import build_network
+from lightning_merge.runtime import Runtime
+from lightning_merge.states import LazyStateDict
+from lightning_merge.steered import SteeredModel, folded_head
+
+FORMAT = "merged model"
+VERSION = 1
+
+
+@dataclass(kw_only=True)
+class MergedModel:
+    """What a merge makes: steer it with :meth:`with_preference`, keep it with :meth:`save`."""
+
+    network: nn.Module
+    """Template of the network, with the merged backbone."""
+    head: str
+    """Dotted path of the head in the network."""
+    heads: dict[str, nn.Module]
+    """Head of every task, as its expert has it."""
+    statistics: dict[str, CorrectionStatistics] = field(default_factory=dict)
+    """Sufficient statistics of the correction by task; empty if there is none."""
+    options: CorrectionOptions = field(default_factory=CorrectionOptions)
+    """Hyper-parameters of the correction."""
+    model: dict[str, Any] | None = None
+    """How to build the network again: ``{"class_path", "init_args"}``."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """Plain data on how it was made: method, pool, fingerprints, scores, timings."""
+
+    def __post_init__(self) -> None:
+        self._correction: ClosedFormCorrection | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks in their order: the one of preference vectors."""
+        return list(self.heads)
+
+    @property
+    def correction(self) -> ClosedFormCorrection:
+        """The correction of all tasks.
+
+        Raises:
+            ValueError: If the merge was made without one, or for some tasks only.
+        """
+        if missing := [task for task in self.tasks if task not in self.statistics]:
+            raise ValueError(
+                f"no correction statistics for {', '.join(missing)}: the merge was made without "
+                "calibration inputs. Merge again with them, or use uncorrected()."
+            )
+        if self._correction is None:
+            statistics = {task: self.statistics[task] for task in self.tasks}
+            self._correction = self.options.build(statistics, self.linear_heads())
+        return self._correction
+
+    def linear_heads(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """First linear layer of every head: weight ``(K, k)`` and bias ``(K,)`` or ``None``."""
+        layers = {task: first_linear(head, self.head)[1] for task, head in self.heads.items()}
+        return {
+            task: (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+            for task, layer in layers.items()
+        }
+
+    @overload
+    def with_preference(self, preference: Mapping[str, float] | Tensor) -> SteeredModel: ...
+    @overload
+    def with_preference(
+        self, preference: Mapping[str, float] | Tensor, task: str
+    ) -> nn.Module: ...
+    def with_preference(
+        self, preference: Mapping[str, float] | Tensor, task: str | None = None
+    ) -> nn.Module:
+        """Tailor the model to a preference, at no cost in inference.
+
+        Args:
+            preference: Weight by task (tasks left out count 0) or ``(T,)`` in the order of
+                :attr:`tasks`; non-negative, normalised to sum to one.
+            task: Return the plain network of this task alone: the expert's class and names.
+
+        Returns:
+            One backbone with the folded heads of all tasks, or the network of one task.
+
+        Raises:
+            ValueError: If the preference is negative, not finite or all zero.
+            KeyError: If it names an unknown task.
+        """
+        folded = {}
+        for name in self.tasks if task is None else [self._known(task)]:
+            weight, bias = self.linear_heads()[name]
+            folded[name] = folded_head(
+                self.heads[name],
+                self.head,
+                *self.correction.fold(preference, name, weight, bias),
+            )
+        if task is not None:
+            return self._assembled(folded[task])
+        if not isinstance(preference, Mapping):
+            preference = dict(zip(self.tasks, preference.tolist(), strict=True))
+        return SteeredModel(plain_copy(self.network), self.head, folded, preference)
+
+    @overload
+    def uncorrected(self) -> SteeredModel: ...
+    @overload
+    def uncorrected(self, task: str) -> nn.Module: ...
+    def uncorrected(self, task: str | None = None) -> nn.Module:
+        """The merged backbone with the experts' own heads; of one task: its plain network."""
+        if task is not None:
+            return self._assembled(self.heads[self._known(task)])
+        return SteeredModel(plain_copy(self.network), self.head, self.heads, {})
+
+    def add_task(
+        self,
+        task: str,
+        expert: nn.Module,
+        calibration: Any,
+        *,
+        runtime: Runtime | None = None,
+        batch_size: int = 128,
+    ) -> "MergedModel":
+        """Add a task to the correction, exactly; the merged backbone stays as it is.
+
+        Args:
+            task: Its name.
+            expert: Its fine-tuned network, with its head.
+            calibration: Its unlabeled inputs, as ``ExpertPool.add`` takes them.
+            runtime: Device and processes; one process on the CPU by default.
+            batch_size: Samples a forward pass.
+
+        Returns:
+            This model, changed in place.
+        """
+        if task in self.heads:
+            raise ValueError(f"task '{task}' is in the model already; drop it first to replace it.")
+        runtime = runtime or Runtime()
+        head = get_submodule(plain_copy(expert), self.head)
+        split_state(expert, self.head)
+        statistics = correction_statistics(
+            self._assembled(head).to(runtime.device),
+            plain_copy(expert).to(runtime.device),
+            self.head,
+            CalibrationInputs.collect(calibration),
+            runtime,
+            batch_size=batch_size,
+            description=f"Calibrating {task}",
+        )
+        self.heads[task] = head
+        self.statistics[task] = statistics
+        self._correction = None
+        return self
+
+    def drop_task(self, task: str) -> "MergedModel":
+        """Drop a task from the correction, exactly; the merged backbone stays as it is."""
+        self._known(task)
+        if len(self.heads) == 1:
+            raise ValueError(f"'{task}' is the only task left; a model needs one.")
+        del self.heads[task]
+        self.statistics.pop(task, None)
+        self._correction = None
+        return self
+
+    def export(
+        self,
+        path: str | Path,
+        preference: Mapping[str, float] | Tensor,
+        task: str | None = None,
+        format: Literal["safetensors", "onnx", "torch_export"] = "safetensors",  # noqa: A002
+        example: Any = None,
+    ) -> Path:
+        """Write the tailored model to a file that needs nothing of this package.
+
+        Args:
+            path: The file to write.
+            preference: As for :meth:`with_preference`.
+            task: One task: the file has the expert's own parameter names. ``None``: all tasks.
+            format: Weights as safetensors, or a program as ONNX or torch.export.
+            example: One batch of inputs, for ``onnx`` and ``torch_export``.
+
+        Returns:
+            The path written.
+        """
+        model = (
+            self.with_preference(preference)
+            if task is None
+            else self.with_preference(preference, task)
+        )
+        metadata = {"tasks": ",".join(self.tasks if task is None else [task]), "head": self.head}
+        return write_network(model.eval(), Path(path), format, example, metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as a folder, in one step: an older one stays until the new one is whole.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written to.
+        """
+        backbone, _ = split_state(self.network, self.head)
+        seen: set[int] = set()
+        stored = {}
+        for name, value in backbone.items():
+            if not value.numel() or value.data_ptr() not in seen:
+                stored[name] = value
+            seen.add(value.data_ptr())
+        with replacing_folder(path) as folder:
+            write_tensors(folder / "backbone.safetensors", stored)
+            write_tensors(
+                folder / "heads.safetensors",
+                {
+                    f"{task}/{name}": value
+                    for task, head in self.heads.items()
+                    for name, value in head.state_dict().items()
+                },
+            )
+            write_tensors(
+                folder / "correction.safetensors",
+                {
+                    f"{task}/{name}": value
+                    for task, statistics in self.statistics.items()
+                    for name, value in statistics.tensors().items()
+                },
+            )
+            write_json(folder / "merged.json", self._manifest())
+
+    @classmethod
+    def load(cls, path: str | Path, module: nn.Module | None = None) -> "MergedModel":
+        """Read a merged model.
+
+        Args:
+            path: Its folder.
+            module: The network it was made from, with any weights; needed where the folder does
+                not know how to build it (neither timm nor a class path).
+
+        Raises:
+            ValueError: If the folder is no merged model, damaged, or of a newer format, or the
+                network cannot be built.
+        """
+        path = Path(path)
+        manifest = read_json(path / "merged.json", FORMAT, VERSION)
+        if module is None and manifest["model"] is None:
+            raise ValueError(
+                f"{path} does not know how to build its network: pass the module, as in "
+                "MergedModel.load(path, module=my_module)."
+            )
+        network = build_network(manifest["model"]) if module is None else plain_copy(module)
+        head = manifest["head"]
+        load_backbone(network, LazyStateDict(path / "backbone.safetensors"), head)
+        states = _by_task(LazyStateDict(path / "heads.safetensors"), manifest["tasks"])
+        template = get_submodule(network, head)
+        sums = _by_task(LazyStateDict(path / "correction.safetensors"), manifest["tasks"])
+        known = {option.name for option in fields(CorrectionOptions)}
+        return cls(
+            network=network.eval(),
+            head=head,
+            heads={task: build_head(template, state).eval() for task, state in states.items()},
+            statistics={
+                task: CorrectionStatistics.from_tensors(tensors)
+                for task, tensors in sums.items()
+                if tensors
+            },
+            options=CorrectionOptions(
+                **{name: value for name, value in manifest["correction"].items() if name in known}
+            ),
+            model=manifest["model"],
+            record=manifest["record"],
+        )
+
+    def _manifest(self) -> dict[str, Any]:
+        names = ("lightning-merge", "torch", "timm")
+        return {
+            "format": {"name": FORMAT, "version": VERSION},
+            "tasks": self.tasks,
+            "head": self.head,
+            "model": self.model,
+            "correction": asdict(self.options),
+            "record": self.record,
+            "versions": {name: importlib.metadata.version(name) for name in names},
+        }
+
+    def _assembled(self, head: nn.Module) -> nn.Module:
+        network = plain_copy(self.network)
+        set_submodule(network, self.head, plain_copy(head))
+        return network
+
+    def _known(self, task: str) -> str:
+        if task not in self.heads:
+            raise KeyError(f"unknown task '{task}'; known: {', '.join(self.tasks)}.")
+        return task
+
+
+def _by_task(state: LazyStateDict, tasks: list[str]) -> dict[str, dict[str, Tensor]]:
+    split: dict[str, dict[str, Tensor]] = {task: {} for task in tasks}
+    with torch.no_grad():
+        for key in state:
+            task, _, name = key.partition("/")
+            split[task][name] = state[key]
+    return split

@@ -1,0 +1,317 @@
+"""The whole of the merge in one call, with no Trainer: pool in, merged model out."""
+
+import importlib.metadata
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_merge.calibrating import (
+    batch_norm_state,
+    correction_statistics,
+    reestimate_batch_norm,
+)
+from lightning_merge.calibration import CalibrationInputs
+from lightning_merge.correction import CorrectionOptions, CorrectionStatistics
+from lightning_merge.merged import MergedModel
+from lightning_merge.methods import Average, CalibratedMethod, Calibration, MergeMethod, WeightMethod
+from lightning_merge.networks import (
+    build_head,
+    call_network,
+    get_submodule,
+    load_backbone,
+    plain_copy,
+    set_submodule,
+    split_state,
+)
+from lightning_merge.pool import ExpertPool, fingerprint
+from lightning_merge.runtime import Runtime
+from lightning_merge.states import StateDict
+
+Correction: TypeAlias = CorrectionOptions | Literal["paper"] | None
+BatchNorm: TypeAlias = Literal["auto", "reestimate", "average"]
+
+
+class Experts(Protocol):
+    """What a merge reads; an :class:`~lightning_merge.ExpertPool` is one."""
+
+    head: str
+    model: dict[str, Any] | None
+    fingerprint: str
+
+    @property
+    def base(self) -> StateDict:
+        """Backbone of the base."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks, in order."""
+
+    def expert(self, task: str) -> StateDict:
+        """Backbone of one expert."""
+
+    def head_state(self, task: str) -> dict[str, Tensor]:
+        """Head of one expert."""
+
+    def calibration(self, task: str) -> CalibrationInputs | None:
+        """Unlabeled inputs of one task."""
+
+    def network(self) -> nn.Module:
+        """A network to fill."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedExperts:
+    """Experts that are modules in memory, in the form of a pool."""
+
+    modules: Mapping[str, nn.Module]
+    origin: nn.Module
+    head: str
+    inputs: Mapping[str, CalibrationInputs]
+    model: dict[str, Any] | None = None
+
+    @property
+    def base(self) -> StateDict:
+        """Backbone of the base."""
+        return split_state(self.origin, self.head)[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the base's backbone."""
+        return fingerprint(self.base)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks, in the caller's order."""
+        return list(self.modules)
+
+    def expert(self, task: str) -> StateDict:
+        """Backbone of one expert."""
+        return split_state(self.modules[task], self.head)[0]
+
+    def head_state(self, task: str) -> dict[str, Tensor]:
+        """Head of one expert."""
+        return split_state(self.modules[task], self.head)[1]
+
+    def calibration(self, task: str) -> CalibrationInputs | None:
+        """Unlabeled inputs of one task."""
+        return self.inputs.get(task)
+
+    def network(self) -> nn.Module:
+        """A network to fill."""
+        return plain_copy(self.origin)
+
+
+def merge_experts(
+    experts: ExpertPool | Mapping[str, nn.Module],
+    method: MergeMethod | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    *,
+    correction: Correction = CorrectionOptions(),  # noqa: B008 (frozen)
+    base: nn.Module | None = None,
+    head: str | None = None,
+    module: nn.Module | None = None,
+    tasks: Sequence[str] | None = None,
+    batch_norm: BatchNorm = "auto",
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    runtime: Runtime | None = None,
+) -> MergedModel:
+    """Merge the experts' backbones and calibrate the correction of the representation.
+
+    At most one expert is in memory at a time, beside the merged model, and one parameter of the
+    others; features are summed into statistics batch by batch and never kept.
+
+    Args:
+        experts: A pool; or fine-tuned networks by task, with ``base`` and ``head``.
+        method: How the backbones are merged; the average by default.
+        calibration: Unlabeled inputs by task, as ``ExpertPool.add`` takes them; the pool's own by
+            default.
+        correction: Options of the correction, ``"paper"`` for the published recipe, or ``None``
+            for a merge without.
+        base: The network before fine-tuning, for experts given as modules.
+        head: Dotted path of the head, for experts given as modules.
+        module: Network to fill, with any weights, for a pool that cannot build its own.
+        tasks: Merge these only, in this order; all of the pool by default.
+        batch_norm: Running statistics of batch norms: ``reestimate`` on calibration inputs,
+            ``average`` over the experts, or ``auto``: re-estimate where there are inputs.
+        batch_size: Samples a forward pass of calibration.
+        device: Where to calibrate; the CPU by default.
+        runtime: Processes and device, where several share the work.
+
+    Raises:
+        ValueError: If there are fewer than two experts, one is unknown or unfit, or calibration
+            inputs are missing; nothing is written in any case.
+    """
+    source, inputs = _source(experts, calibration, base, head)
+    names = _chosen(source, tasks)
+    method = method or Average()
+    runtime = runtime or Runtime(device=torch.device(device or "cpu"))
+    options = CorrectionOptions.paper() if correction == "paper" else correction
+    inputs = {task: found for task in names if (found := inputs(task)) is not None}
+    _check_inputs(names, inputs, options, method, batch_norm)
+
+    network = source.network() if module is None else plain_copy(module)
+    template = plain_copy(get_submodule(network, source.head))
+    heads = {task: build_head(template, source.head_state(task)).eval() for task in names}
+    timings: dict[str, float] = {}
+
+    start = time.perf_counter()
+    lazily = {task: source.expert(task) for task in names}
+    if isinstance(method, WeightMethod):
+        state = method.merge(source.base, lazily)
+    elif isinstance(method, CalibratedMethod):
+        state = method.merge(
+            source.base, lazily, _calibration(source, network, heads, inputs, runtime, batch_size)
+        )
+    else:
+        raise ValueError(f"{type(method).__name__} is neither a WeightMethod nor CalibratedMethod.")
+    load_backbone(network, state, source.head)
+    del state
+    network.eval().to(runtime.device)
+    if batch_norm != "average" and len(inputs) == len(names):
+        reestimate_batch_norm(network, source.head, inputs, runtime, batch_size=batch_size)
+    timings["merge"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    statistics: dict[str, CorrectionStatistics] = {}
+    if options is not None:
+        statistics = _calibrated(source, network, heads, inputs, runtime, batch_size)
+    timings["calibrate"] = time.perf_counter() - start
+
+    return MergedModel(
+        network=network.cpu(),
+        head=source.head,
+        heads={task: heads[task].cpu() for task in names},
+        statistics=statistics,
+        options=options or CorrectionOptions(),
+        model=source.model,
+        record={
+            "method": describe(method),
+            "base_fingerprint": source.fingerprint,
+            "pool": str(source.path) if isinstance(source, ExpertPool) else None,
+            "calibration": {task: len(samples) for task, samples in inputs.items()},
+            "batch_norm": batch_norm,
+            "timings": timings,
+        },
+    )
+
+
+def describe(method: MergeMethod) -> dict[str, Any]:
+    """A method as plain data: ``{"class_path", "init_args"}``."""
+    kind = type(method)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(method)}
+
+
+def _source(
+    experts: ExpertPool | Mapping[str, nn.Module],
+    calibration: Mapping[str, Any] | None,
+    base: nn.Module | None,
+    head: str | None,
+) -> tuple[Experts, Any]:
+    given = {
+        task: CalibrationInputs.collect(samples) for task, samples in (calibration or {}).items()
+    }
+    if isinstance(experts, ExpertPool):
+        if unknown := [task for task in given if task not in experts.tasks]:
+            raise ValueError(
+                f"calibration inputs for unknown tasks {unknown}; the pool has "
+                f"{', '.join(experts.tasks)}."
+            )
+        return experts, lambda task: given.get(task) or experts.calibration(task)
+    if base is None or head is None:
+        raise ValueError(
+            "experts given as modules need base=, the network before fine-tuning, and head=, the "
+            "dotted path of its head."
+        )
+    loaded = LoadedExperts(modules=experts, origin=base, head=head, inputs=given)
+    return loaded, loaded.calibration
+
+
+def _chosen(source: Experts, tasks: Sequence[str] | None) -> list[str]:
+    names = source.tasks if tasks is None else list(tasks)
+    if unknown := [task for task in names if task not in source.tasks]:
+        raise ValueError(
+            f"unknown tasks {unknown}; there are experts of: {', '.join(source.tasks) or 'none'}."
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(f"a task is named twice: {names}.")
+    if len(names) < 2:
+        raise ValueError(
+            f"a merge needs at least two experts, found {len(names)} ({', '.join(names) or 'none'})."
+            " Add experts of more tasks to the pool first."
+        )
+    return names
+
+
+def _check_inputs(
+    names: Iterable[str],
+    inputs: Mapping[str, CalibrationInputs],
+    options: CorrectionOptions | None,
+    method: MergeMethod,
+    batch_norm: BatchNorm,
+) -> None:
+    missing = [task for task in names if task not in inputs]
+    reasons = {
+        "the correction": options is not None,
+        f"the method {type(method).__name__}": isinstance(method, CalibratedMethod),
+        "batch_norm='reestimate'": batch_norm == "reestimate",
+    }
+    needing = [reason for reason, applies in reasons.items() if applies]
+    if missing and needing:
+        raise ValueError(
+            f"no calibration inputs for {', '.join(missing)}, which {' and '.join(needing)} needs. "
+            "Add the experts with calibration=, give calibration={task: inputs}, or merge with "
+            "correction=None (on the command line: --correction null)."
+        )
+
+
+def _calibrated(
+    source: Experts,
+    merged: nn.Module,
+    heads: Mapping[str, nn.Module],
+    inputs: Mapping[str, CalibrationInputs],
+    runtime: Runtime,
+    batch_size: int,
+) -> dict[str, CorrectionStatistics]:
+    expert = plain_copy(merged)
+    statistics = {}
+    for task, head in heads.items():
+        load_backbone(expert, source.expert(task), source.head)
+        for network in (merged, expert):
+            set_submodule(network, source.head, plain_copy(head).to(runtime.device))
+        statistics[task] = correction_statistics(
+            merged,
+            expert,
+            source.head,
+            inputs[task],
+            runtime,
+            batch_size=batch_size,
+            description=f"Calibrating {task}",
+        )
+    return statistics
+
+
+def _calibration(
+    source: Experts,
+    network: nn.Module,
+    heads: Mapping[str, nn.Module],
+    inputs: Mapping[str, CalibrationInputs],
+    runtime: Runtime,
+    batch_size: int,
+) -> Calibration:
+    def expert(task: str) -> nn.Module:
+        filled = plain_copy(network)
+        load_backbone(filled, source.expert(task), source.head)
+        set_submodule(filled, source.head, plain_copy(heads[task]))
+        return filled.eval().to(runtime.device)
+
+    def batches(task: str) -> Iterable[Any]:
+        samples = inputs[task]
+        slices = runtime.share(samples.batches(batch_size))
+        return (runtime.to_device(samples[rows]) for rows in slices)
+
+    return Calibration(network=expert, batches=batches, forward=call_network)

@@ -1,0 +1,199 @@
+"""A Trainer that also merges, sweeps and exports, under its own devices and strategy."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import nn
+
+from lightning_merge.correction import CorrectionOptions
+from lightning_merge.merged import MergedModel
+from lightning_merge.merging import BatchNorm, merge_experts
+from lightning_merge.methods import Average, MergeMethod
+from lightning_merge.networks import plain_copy
+from lightning_merge.pool import ExpertPool
+from lightning_merge.report import print_table, write_report
+from lightning_merge.strategies import on_first, runtime_of
+from lightning_merge.sweeping import PreferenceGrid, sweep_model
+
+
+class MergeTrainer(Trainer):
+    """Lightning's Trainer with ``merge``, ``sweep`` and ``export`` beside ``fit``."""
+
+    def merge(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        pool: str,
+        output: str,
+        method: MergeMethod = Average(),  # noqa: B008 (frozen)
+        correction: CorrectionOptions | Literal["paper"] | None = CorrectionOptions(),  # noqa: B008
+        tasks: list[str] | None = None,
+        batch_norm: BatchNorm = "auto",
+        batch_size: int = 128,
+    ) -> None:
+        """Merge the experts of a pool and calibrate the correction.
+
+        Args:
+            model: Network to fill, where the pool cannot build its own.
+            datamodule: Not needed: calibration inputs are in the pool.
+            pool: Folder of the expert pool.
+            output: Folder of the merged model; an older one is replaced when the new one is whole.
+            method: How the backbones are merged.
+            correction: Options of the correction; ``paper`` for the published recipe, ``null`` for
+                a merge without.
+            tasks: Merge these only, in this order; all of the pool by default.
+            batch_norm: Running statistics of batch norms: re-estimated on calibration inputs,
+                averaged over the experts, or re-estimated where there are inputs.
+            batch_size: Samples a forward pass.
+        """
+
+        def run() -> None:
+            merged = merge_experts(
+                ExpertPool.open(pool),
+                method,
+                correction=correction,
+                module=_network(model),
+                tasks=tasks,
+                batch_norm=batch_norm,
+                batch_size=batch_size,
+                runtime=runtime_of(self),
+            )
+            on_first(self, lambda: merged.save(output))
+
+        self._launch(run)
+
+    def sweep(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        merged: str,
+        output: str,
+        pool: str | None = None,
+        grid: PreferenceGrid = PreferenceGrid(),  # noqa: B008 (frozen)
+    ) -> None:
+        """Evaluate a merged model under every preference and write the report.
+
+        Args:
+            model: Network to fill, where the merged model cannot build its own.
+            datamodule: Test sets by task, as ``TaskSuite`` has them.
+            merged: Folder of the merged model.
+            output: Folder of the results: tables, pictures and ``report.html``.
+            pool: Folder of the expert pool, for the experts and the base; by default the one that
+                the model was merged from.
+            grid: Which preferences.
+        """
+
+        def run() -> None:
+            if not hasattr(datamodule, "test_dataset"):
+                raise ValueError(
+                    "sweep needs the tasks' test sets: a datamodule with test_dataset(task) and "
+                    "dataloader(dataset), such as lightning_merge.data.TaskSuite (--data ...)."
+                )
+            start = time.perf_counter()
+            network = _network(model)
+            steerable = MergedModel.load(merged, module=network)
+            runtime = runtime_of(self)
+            on_first(self, datamodule.prepare_data)
+            result, live = sweep_model(
+                steerable,
+                ExpertPool.open(pool or steerable.record["pool"]),
+                lambda task: datamodule.dataloader(
+                    datamodule.test_dataset(task), rank=self.global_rank, world=self.world_size
+                ),
+                grid,
+                runtime,
+                module=network,
+            )
+            result.timings["sweep"] = time.perf_counter() - start
+
+            def write() -> None:
+                result.save(output)
+                paths = write_report(result, output, live)
+                print_table(result, [Path(output) / "results.csv", *paths])
+
+            on_first(self, write)
+            self._log_rows(result.summary())
+
+        self._launch(run)
+
+    def export(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        merged: str,
+        output: str,
+        preference: dict[str, float],
+        task: str | None = None,
+        format: Literal["safetensors", "onnx", "torch_export"] = "safetensors",  # noqa: A002
+    ) -> None:
+        """Write the model tailored to one preference to a file that needs nothing of this package.
+
+        Args:
+            model: Network to fill, where the merged model cannot build its own.
+            datamodule: Not needed.
+            merged: Folder of the merged model.
+            output: The file to write.
+            preference: Weight by task; tasks left out count 0.
+            task: One task, with the expert's own parameter names; all tasks by default.
+            format: Weights, or a program.
+        """
+        steerable = MergedModel.load(merged, module=_network(model))
+        example = None
+        if format != "safetensors":
+            example = _example(steerable, task)
+        path = steerable.export(output, preference, task, format, example)
+        self.print(f"wrote {path}")
+
+    def _launch(self, work: Callable[[], None]) -> None:
+        """Run a stage on all devices through the strategy's own launcher."""
+
+        def run() -> None:
+            self.strategy.setup_environment()
+            try:
+                work()
+            finally:
+                self.strategy.teardown()
+
+        launcher = self.strategy.launcher
+        if launcher is None:
+            run()
+        else:
+            launcher.launch(run, trainer=self)
+
+    def _log_rows(self, summary: Mapping[str, Any]) -> None:
+        figures = {
+            f"{row}/{name}": values[name]
+            for row, values in summary["rows"].items()
+            for name in ("raw_mean", "normalized_mean")
+        }
+        for logger in self.loggers:
+            logger.log_metrics(figures, step=0)
+            logger.save()
+            logger.finalize("success")
+
+
+def _network(model: LightningModule | None) -> nn.Module | None:
+    if model is None:
+        return None
+    configure = getattr(model, "configure_model", None)
+    if configure is not None:
+        configure()
+    network = getattr(model, "network", None)
+    return plain_copy(network if isinstance(network, nn.Module) else model)
+
+
+def _example(model: MergedModel, task: str | None) -> Any:
+    pool = model.record.get("pool")
+    inputs = ExpertPool.open(pool).calibration(task or model.tasks[0]) if pool else None
+    if inputs is None:
+        raise ValueError(
+            "programs are traced on a batch of inputs, but the pool of this model has none: use "
+            "MergedModel.export(..., example=inputs) from Python."
+        )
+    return inputs[slice(0, 2)]

@@ -1,6 +1,6 @@
 """State dicts of the core: mappings of tensors, read lazily from safetensors where large."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,6 +26,7 @@ class LazyStateDict(Mapping[str, Tensor]):
         try:
             self._file = safe_open(self.path, framework="pt", device="cpu")
             self._names = tuple(self._file.keys())
+            self._known = frozenset(self._names)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{self.path} is not a readable safetensors file ({error}): it may be truncated or "
@@ -45,10 +46,26 @@ class LazyStateDict(Mapping[str, Tensor]):
         """A slice of one tensor along its first dimension, without reading the rest."""
         return self._file.get_slice(name)[rows]
 
+    def kind(self, name: str) -> str:
+        """Kind of one tensor, as :func:`kind_of` gives it, from the header alone."""
+        dtype = str(self._file.get_slice(name).get_dtype())
+        if dtype.startswith("C"):
+            return "complex"
+        return "floating" if dtype.startswith(("F", "BF")) else "integer"
+
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
+        if name not in self._known:
             raise KeyError(name)
-        return self._file.get_tensor(name)
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{self.path}: '{name}' cannot be read ({error}): the file changed after it was "
+                "opened. Open it again, or repeat the step that made it."
+            ) from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -62,6 +79,25 @@ def shape_of(state: StateDict, name: str) -> tuple[int, ...]:
     return state.shape(name) if isinstance(state, LazyStateDict) else tuple(state[name].shape)
 
 
+def kind_of(state: StateDict, name: str) -> str:
+    """What one tensor holds: ``"floating"``, ``"integer"`` (or boolean), or what can't be merged.
+
+    The last are ``"complex"``, ``"sparse"``, ``"quantized"`` and ``"meta"`` (no values).
+    """
+    if isinstance(state, LazyStateDict):
+        return state.kind(name)
+    tensor = state[name]
+    if tensor.layout is not torch.strided:
+        return "sparse"
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.is_complex():
+        return "complex"
+    return "floating" if tensor.is_floating_point() else "integer"
+
+
 def tied_names(state: StateDict) -> dict[str, str]:
     """Names that share one tensor with an earlier name: ``{later name: first name}``.
 
@@ -72,7 +108,7 @@ def tied_names(state: StateDict) -> dict[str, str]:
     first: dict[tuple[object, ...], str] = {}
     ties: dict[str, str] = {}
     for name, tensor in state.items():
-        if tensor.numel() == 0 or tensor.is_meta:
+        if tensor.numel() == 0 or tensor.is_meta or tensor.layout is not torch.strided:
             continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if first.setdefault(key, name) != name:
@@ -81,31 +117,60 @@ def tied_names(state: StateDict) -> dict[str, str]:
 
 
 def check_compatible(base: StateDict, experts: Mapping[str, StateDict]) -> None:
-    """Raise one ``ValueError`` listing all experts whose keys or shapes differ from the base's."""
+    """Raise one ``ValueError`` listing every expert that does not fit the base, and why.
+
+    Names, shapes, the kind of every tensor (floating or integer), and ties are compared; no value
+    is read, apart from the tied ones.
+    """
     if not experts:
         raise ValueError("no experts: a merge needs at least one expert.")
-    problems = []
+    problems = [
+        f"the base: {_listed(f'{kind}, which cannot be merged', names)}"
+        for kind, names in _unmergeable(base).items()
+    ]
+    ties = tied_names(base)
     for task, expert in experts.items():
-        missing = [name for name in base if name not in expert]
-        extra = [name for name in expert if name not in base]
-        shapes = [
-            f"'{name}' {shape_of(expert, name)} vs {shape_of(base, name)}"
-            for name in base
-            if name in expert and shape_of(expert, name) != shape_of(base, name)
+        found = {
+            "missing": [name for name in base if name not in expert],
+            "not in the base": [name for name in expert if name not in base],
+            "of another shape than in the base": _differences(base, expert, shape_of),
+            "of another kind than in the base": _differences(base, expert, kind_of),
+            "different though the base ties them": _torn_ties(ties, expert),
+        }
+        problems += [
+            f"expert '{task}': {_listed(what, names)}" for what, names in found.items() if names
         ]
-        if missing:
-            problems.append(f"expert '{task}': {_listed('missing', missing)}")
-        if extra:
-            problems.append(f"expert '{task}': {_listed('not in the base', extra)}")
-        if shapes:
-            problems.append(
-                f"expert '{task}': {_listed('of another shape than in the base', shapes)}"
-            )
     if problems:
         raise ValueError(
             "; ".join(problems)
             + ". Experts must be fine-tuned from this base; merge the backbone only."
         )
+
+
+def _unmergeable(state: StateDict) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for name in state:
+        kind = kind_of(state, name)
+        if kind not in ("floating", "integer"):
+            kinds.setdefault(kind, []).append(name)
+    return kinds
+
+
+def _differences(
+    base: StateDict, expert: StateDict, trait: Callable[[StateDict, str], object]
+) -> list[str]:
+    both = [(name, trait(expert, name), trait(base, name)) for name in base if name in expert]
+    return [
+        f"'{name}' {found} vs {expected}" for name, found, expected in both if found != expected
+    ]
+
+
+def _torn_ties(ties: Mapping[str, str], expert: StateDict) -> list[str]:
+    return [
+        f"'{later}' and '{first}'"
+        for later, first in ties.items()
+        if later in expert and first in expert and not torch.equal(expert[later], expert[first])
+    ]
 
 
 def check_finite(name: str, owner: str, tensor: Tensor) -> None:

@@ -25,8 +25,18 @@ def task_arithmetic(
         >>> task_arithmetic(torch.zeros(2), torch.eye(2), torch.tensor([0.5, 0.25]))
         tensor([0.5000, 0.2500])
     """
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    origin = base.to(dtype)
-    task_vectors = experts.to(dtype) - origin
-    weights = coefficients.to(dtype).view(-1, *[1] * base.ndim)
-    return (origin + (weights * task_vectors).sum(dim=0)).to(base.dtype)
+    task_vectors = task_vectors_of(base, experts)
+    weights = coefficients.to(task_vectors.device, task_vectors.dtype)
+    update = torch.mv(task_vectors.reshape(len(experts), -1).t(), weights).view(base.shape)
+    return (base.to(update.dtype) + update).to(base.dtype)
+
+
+def task_vectors_of(
+    base: Float[Tensor, "*shape"], experts: Float[Tensor, "experts *shape"]
+) -> Float[Tensor, "experts *shape"]:
+    """Expert minus base for each expert, in float32 or wider, in new memory.
+
+    The difference is taken after the cast: in half precision most of a small update would be lost.
+    """
+    dtype = torch.promote_types(torch.promote_types(base.dtype, experts.dtype), torch.float32)
+    return experts.to(dtype) - base.to(dtype)

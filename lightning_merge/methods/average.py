@@ -1,13 +1,16 @@
 """Average of the experts' weights."""
 
-from dataclasses import dataclass
-from typing import final
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from lightning_merge.functional.average import average
 from lightning_merge.methods.base import WeightMethod
+from lightning_merge.states import StateDict
 
 
 @final
@@ -15,6 +18,43 @@ from lightning_merge.methods.base import WeightMethod
 class Average(WeightMethod):
     """Averages the experts; the base does not enter."""
 
+    elementwise: ClassVar[bool] = True
+
+    weights: dict[str, float] | None = None
+    """Weight of each expert by task, divided by their sum; null: all alike."""
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            return
+        bad = {task: weight for task, weight in self.weights.items() if not math.isfinite(weight)}
+        total = sum(self.weights.values())
+        if bad or abs(total) < 1e-8:
+            raise ValueError(
+                f"weights must be finite numbers with a sum that is not zero, found {self.weights}."
+            )
+
+    def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> "Average":
+        """Check that the weights name the experts, and bring them into their order."""
+        if self.weights is None:
+            return self
+        missing = [task for task in experts if task not in self.weights]
+        unknown = [task for task in self.weights if task not in experts]
+        if missing or unknown:
+            raise ValueError(
+                f"weights must name every expert once: {', '.join(experts)}; "
+                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}."
+            )
+        return replace(self, weights={task: self.weights[task] for task in experts})
+
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return average(experts, torch.ones(len(experts))).to(base.dtype)
+        return self.average_tensor(experts).to(base.dtype)
+
+    def average_tensor(self, experts: Tensor) -> Tensor:
+        """Weighted average of ``(T, *shape)``; running statistics get the same weights."""
+        return average(experts, self._vector(len(experts)))
+
+    def _vector(self, num_experts: int) -> Tensor:
+        if self.weights is None:
+            return torch.ones(num_experts, dtype=torch.float64)
+        return torch.tensor(list(self.weights.values()), dtype=torch.float64)

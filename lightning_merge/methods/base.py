@@ -1,19 +1,27 @@
 """The two kinds of merging methods: from weights alone, and from weights and calibration data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from lightning_merge.functional.average import average
+from lightning_merge.functional.task_arithmetic import task_vectors_of
+from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
+from lightning_merge.methods.walk import map_blocks, stack_parameter
 from lightning_merge.states import (
     STATISTIC_SUFFIXES,
     StateDict,
     check_compatible,
     check_finite,
+    kind_of,
     tied_names,
 )
+
+Treatment: TypeAlias = Literal["method", "average", "base"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,41 +37,73 @@ class MergeMethod(ABC):  # noqa: B024 (the two kinds take different arguments)
 class WeightMethod(MergeMethod):
     """A method that needs nothing but weights, one parameter at a time."""
 
+    elementwise: ClassVar[bool] = False
+    """Whether :meth:`merge_tensor` treats every entry alike, and may be given flat blocks."""
+
+    include: tuple[str, ...] = ("*",)
+    """Shell patterns of the parameters that the method merges."""
+
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of parameters that it leaves out, even if they are included."""
+
+    otherwise: Literal["average", "base"] = "average"
+    """What the parameters left out get: the experts' average, or the base's value."""
+
+    coefficients: tuple[Coefficient, ...] = ()
+    """Factors of the task vectors by layer, block or task; the first rule that matches counts."""
+
     def merge(self, base: StateDict, experts: Mapping[str, StateDict]) -> dict[str, Tensor]:
         """Merge the experts into one state dict with the base's keys, shapes and dtypes.
 
         Walks the parameters in the base's order and holds one parameter of all experts at a time,
-        so lazily read mappings stream. Floating-point parameters go through :meth:`merge_tensor`;
-        running statistics are averaged; integer and boolean buffers are the base's. Names that
-        share one tensor are merged once and share one tensor in the result.
+        so lazily read mappings stream. Every entry is treated as :meth:`treatment` says; names
+        that share one tensor are merged once and share one tensor in the result.
 
         Args:
             base: The pre-trained weights.
             experts: Fine-tuned weights by task, in the caller's order.
 
         Raises:
-            ValueError: If keys or shapes differ from the base's, or a value is not finite; the
-                message names the expert and the parameter.
+            ValueError: If keys or shapes differ from the base's, a value is not finite, or a rule
+                names no parameter; the message names the expert and the parameter.
         """
+        return dict(self.stream(base, experts))
+
+    def stream(
+        self, base: StateDict, experts: Mapping[str, StateDict]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what :meth:`merge` returns, one named tensor after the other."""
         check_compatible(base, experts)
+        check_rules(tuple(experts), tuple(base), self.coefficients)
         method = self.bind(base, experts)
         ties = tied_names(base)
-        merged: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
         for name in base:
             if name in ties:
-                merged[name] = merged[ties[name]]
+                yield name, shared[ties[name]]
                 continue
-            value = base[name]
-            if not value.is_floating_point():
-                merged[name] = value.clone()
-                continue
-            check_finite(name, "the base", value)
-            stacked = _stack(name, experts)
-            if name.rpartition(".")[2] in STATISTIC_SUFFIXES:
-                merged[name] = stacked.mean(dim=0, dtype=torch.float64).to(value.dtype)
-            else:
-                merged[name] = method.merge_tensor(name, value, stacked)
-        return merged
+            merged = method._merge_entry(name, base[name], experts)
+            if name in ties.values():
+                shared[name] = merged
+            yield name, merged
+
+    def treatment(self, name: str, kind: str) -> Treatment:
+        """What an entry gets: the method, the average, or the base's value.
+
+        Integer and boolean buffers are the base's. Running statistics are averaged and never
+        extrapolated, so that variances stay non-negative. Of the rest, what ``include`` and
+        ``exclude`` select goes through the method.
+
+        Args:
+            name: The entry's name.
+            kind: ``"floating"`` or ``"integer"``, see :func:`lightning_merge.states.kind_of`.
+        """
+        if kind != "floating":
+            return "base"
+        if name.rpartition(".")[2] in STATISTIC_SUFFIXES:
+            return "average"
+        chosen = matches(name, self.include) and not matches(name, self.exclude)
+        return "method" if chosen else self.otherwise
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> "WeightMethod":
         """Return the method to walk with, after whatever it must know of the whole model.
@@ -85,6 +125,42 @@ class WeightMethod(MergeMethod):
         Returns:
             The merged value, with the base's shape and dtype.
         """
+
+    def method_names(self, base: StateDict) -> list[str]:
+        """Names of the parameters that go through the method, in the base's order, ties once."""
+        ties = tied_names(base)
+        return [
+            name
+            for name in base
+            if name not in ties and self.treatment(name, kind_of(base, name)) == "method"
+        ]
+
+    def task_vectors(self, name: str, base: StateDict, experts: Mapping[str, StateDict]) -> Tensor:
+        """Task vectors of one parameter, of shape ``(T, *shape)``, with the coefficients applied.
+
+        In float32 or wider, and bit for bit what :meth:`merge_tensor` computes from its arguments.
+        """
+        factors = coefficients_of(name, tuple(experts), self.coefficients)
+        value = base[name].detach()
+        return task_vectors_of(value, stack_parameter(name, value, experts, factors))
+
+    def average_tensor(self, experts: Tensor) -> Tensor:
+        """Average of ``(T, *shape)`` for entries that the method does not merge."""
+        return average(experts, torch.ones(len(experts), dtype=torch.float64))
+
+    def _merge_entry(self, name: str, value: Tensor, experts: Mapping[str, StateDict]) -> Tensor:
+        value = value.detach()
+        treatment = self.treatment(name, "floating" if value.is_floating_point() else "integer")
+        if treatment == "base":
+            check_finite(name, "the base", value)
+            return value.clone()
+        if treatment == "average":
+            stacked = stack_parameter(name, value, experts, [1.0] * len(experts))
+            return self.average_tensor(stacked).to(value.dtype)
+        factors = coefficients_of(name, tuple(experts), self.coefficients)
+        if self.elementwise:
+            return map_blocks(self.merge_tensor, name, value, experts, factors)
+        return self.merge_tensor(name, value, stack_parameter(name, value, experts, factors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +185,3 @@ class CalibratedMethod(MergeMethod):
         self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
     ) -> dict[str, Tensor]:
         """Merge the experts into one state dict; arguments and result as in ``WeightMethod``."""
-
-
-def _stack(name: str, experts: Mapping[str, StateDict]) -> Tensor:
-    values = [expert[name] for expert in experts.values()]
-    for task, value in zip(experts, values, strict=True):
-        check_finite(name, f"expert '{task}'", value)
-    dtype = values[0].dtype
-    for value in values[1:]:
-        dtype = torch.promote_types(dtype, value.dtype)
-    return torch.stack([value.to(dtype) for value in values])

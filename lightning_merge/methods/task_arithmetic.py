@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from lightning_merge.methods.base import WeightMethod
 @dataclass(frozen=True, kw_only=True)
 class TaskArithmetic(WeightMethod):
     """Adds the scaled sum of the experts' task vectors to the base."""
+
+    elementwise: ClassVar[bool] = True
 
     scale: float = 0.3
     """Coefficient λ shared by all task vectors; dimensionless, in [0, 1] in the paper."""

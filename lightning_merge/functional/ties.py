@@ -1,0 +1,86 @@
+"""TIES-Merging: trim, elect sign, merge (Yadav et al., NeurIPS 2023, arXiv:2306.01708)."""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lightning_merge.functional.selection import largest, num_kept
+
+
+def trim_by(
+    task_vector: Float[Tensor, "*shape"], threshold: float, ties: int
+) -> Float[Tensor, "*shape"]:
+    """Zero the entries below a threshold, in new memory.
+
+    Args:
+        task_vector: One expert's task vector of one parameter.
+        threshold: Magnitude above which every entry stays.
+        ties: How many entries at the threshold stay: the first ones in flat order.
+    """
+    magnitudes = task_vector.abs()
+    kept = magnitudes > threshold
+    if ties > 0:
+        equal = (magnitudes == threshold).flatten().nonzero().squeeze(1)
+        kept.view(-1)[equal[:ties]] = True
+    return task_vector * kept
+
+
+def trim(
+    task_vectors: Float[Tensor, "experts *shape"], density: float
+) -> Float[Tensor, "experts *shape"]:
+    """Keep exactly the share ``density`` of each task vector, by magnitude; zero the rest.
+
+    At least one entry is kept; of equal magnitudes the first in flat order stay (Section 4.1; the
+    authors' code keeps all ties, and one entry more).
+
+    Example:
+        >>> trim(torch.tensor([[3.0, -1.0, 0.5, -4.0]]), density=0.5)
+        tensor([[ 3., -0.,  0., -4.]])
+    """
+    rows = []
+    for row in task_vectors:
+        flat = row.reshape(-1)
+        cut = largest(partial(list, (flat,)), len(flat), num_kept(density, len(flat)))
+        rows.append(trim_by(row, cut.threshold, cut.ties[0]))
+    return torch.stack(rows)
+
+
+def elect(trimmed: Float[Tensor, "experts *shape"]) -> Float[Tensor, "*shape"]:
+    r"""Elect the sign of every entry: that of the larger total magnitude (Section 4.2).
+
+    .. math:: \gamma_j = \operatorname{sgn}\big(\sum_t \hat\tau_{t,j}\big)
+
+    Args:
+        trimmed: Trimmed task vectors. Where they cancel exactly, the sign is 0.
+    """
+    return trimmed.sum(dim=0).sign()
+
+
+def disjoint_merge(
+    trimmed: Float[Tensor, "experts *shape"],
+    signs: Float[Tensor, "*shape"],
+    merge: Literal["mean", "sum", "max"] = "mean",
+) -> Float[Tensor, "*shape"]:
+    """Merge in each entry the task vectors of the elected sign alone (Section 4.3).
+
+    Args:
+        trimmed: Trimmed task vectors; zeros take no part.
+        signs: The elected signs; where the sign is 0 or no task vector has it, the result is 0.
+        merge: The mean of those with the sign, their sum, or the one of largest magnitude.
+    """
+    agreeing = agreement(trimmed, signs)
+    chosen = torch.where(agreeing, trimmed, 0.0)
+    if merge == "max":
+        return chosen.abs().amax(dim=0) * signs
+    total = chosen.sum(dim=0)
+    return total if merge == "sum" else total / agreeing.sum(dim=0).clamp_(min=1)
+
+
+def agreement(
+    trimmed: Float[Tensor, "experts *shape"], signs: Float[Tensor, "*shape"]
+) -> Bool[Tensor, "experts *shape"]:
+    """Which task vectors have the elected sign in each entry; zeros never have."""
+    return trimmed * signs > 0

@@ -1,0 +1,120 @@
+"""TIES: keep the largest entries, agree on a sign, merge what has it."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, partial
+from typing import Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_merge.functional.selection import largest, num_kept
+from lightning_merge.functional.task_arithmetic import task_vectors_of
+from lightning_merge.functional.ties import disjoint_merge, elect, trim, trim_by
+from lightning_merge.methods.base import WeightMethod
+from lightning_merge.states import StateDict, shape_of
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TIES(WeightMethod):
+    """Trims each task vector to its largest entries, elects signs, and merges what agrees."""
+
+    density: float = 0.2
+    """Fraction of the entries of a task vector to keep, in (0, 1]."""
+
+    scale: float = 1.0
+    """Coefficient λ of the merged task vector; 0.3 is usual with ``merge: sum``."""
+
+    scope: Literal["global", "tensor"] = "global"
+    """Rank the entries of the whole model (the paper), or of each parameter on its own."""
+
+    combine: Literal["mean", "sum", "max"] = "mean"
+    """What becomes of the entries with the elected sign: mean, sum, or largest magnitude."""
+
+    zero_sign: Literal["majority", "positive", "none"] = "majority"
+    """Sign where the task vectors cancel: that of most entries of the scope, plus, or no entry."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(
+                f"density must lie in (0, 1], found {self.density}; it is a fraction, not percent."
+            )
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, found {self.scale}.")
+
+    def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
+        """Find the cuts over the whole model, reading one parameter of one expert at a time."""
+        if self.scope == "tensor":
+            return self
+        names = self.method_names(base)
+        size = sum(math.prod(shape_of(base, name)) for name in names)
+        kept = num_kept(self.density, size)
+        cuts: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+        for task in experts:
+            cut = largest(partial(self._chunks, names, base, experts, task), size, kept)
+            for name, ties in zip(names, cut.ties, strict=True):
+                cuts[name].append((cut.threshold, ties))
+
+        @cache
+        def majority() -> float:
+            total = 0.0
+            for name in names:
+                task_vectors = self.task_vectors(name, base, experts)
+                total += float(elect(_trimmed(task_vectors, cuts[name])).sum(dtype=torch.float64))
+            return float(np.sign(total))
+
+        return _GlobalTIES(
+            **{field.name: getattr(self, field.name) for field in fields(WeightMethod)},
+            settings=self,
+            cuts=cuts,
+            majority=majority,
+        )
+
+    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        """Merge one floating-point parameter, trimmed on its own: the scope ``tensor``."""
+        trimmed = trim(task_vectors_of(base, experts), self.density)
+        return self.combined(base, trimmed, lambda: float(elect(trimmed).sum().sign()))
+
+    def combined(self, base: Tensor, trimmed: Tensor, majority: Callable[[], float]) -> Tensor:
+        """Elect signs over the trimmed task vectors and add what has them to the base.
+
+        Args:
+            base: Pre-trained value, of any shape.
+            trimmed: Trimmed task vectors, of shape ``(T, *base.shape)``.
+            majority: Gives the sign of most entries; asked only where task vectors cancel.
+        """
+        signs = elect(trimmed)
+        if self.zero_sign != "none":
+            cancelled = (signs == 0) & (trimmed != 0).any(dim=0)
+            if bool(cancelled.any()):
+                signs[cancelled] = 1.0 if self.zero_sign == "positive" else majority()
+        update = disjoint_merge(trimmed, signs, self.combine)
+        return (base.to(update.dtype) + self.scale * update).to(base.dtype)
+
+    def _chunks(
+        self, names: list[str], base: StateDict, experts: Mapping[str, StateDict], task: str
+    ) -> Iterator[Tensor]:
+        for name in names:
+            yield self.task_vectors(name, base, {task: experts[task]}).reshape(-1)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _GlobalTIES(WeightMethod):
+    """TIES with the cuts of a whole model."""
+
+    settings: TIES
+    cuts: dict[str, list[tuple[float, int]]]
+    majority: Callable[[], float]
+
+    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        trimmed = _trimmed(task_vectors_of(base, experts), self.cuts[name])
+        return self.settings.combined(base, trimmed, self.majority)
+
+
+def _trimmed(task_vectors: Tensor, cuts: list[tuple[float, int]]) -> Tensor:
+    rows = zip(task_vectors, cuts, strict=True)
+    return torch.stack([trim_by(row, threshold, ties) for row, (threshold, ties) in rows])

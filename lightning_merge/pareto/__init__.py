@@ -13,11 +13,13 @@ from lightning_merge.pareto.grids import (
     response,
 )
 from lightning_merge.pareto.metrics import Hypervolume, PreferenceAlignment, Uniformity
+from lightning_merge.pareto.sweep_result import SweepResult
 
 __all__ = [
     "Hypervolume",
     "HypervolumeEstimate",
     "PreferenceAlignment",
+    "SweepResult",
     "Uniformity",
     "das_dennis",
     "dirichlet",

@@ -1,12 +1,13 @@
 """A :class:`~lightning_merge.runtime.Runtime` from a Trainer, so that any strategy serves."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import Progress
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from tqdm import tqdm
 
 from lightning_merge.runtime import Runtime
@@ -83,3 +84,32 @@ def _progress(
             display.stop()
 
 
+
+
+class ShardedBatchSampler:
+    """Every ``world_size``-th batch; nothing padded, nothing repeated, and a share may be empty."""
+
+    def __init__(self, batches: Sequence[list[int]], runtime: Runtime) -> None:
+        self._batches = list(runtime.share(batches))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def sharded(loader: Iterable[Any], runtime: Runtime) -> Iterable[Any]:
+    """This process's share of a loader's batches, in the dataset's order, each sample once."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader if runtime.world_size == 1 else runtime.share(loader)
+    order = BatchSampler(
+        SequentialSampler(loader.dataset), loader.batch_size or 1, drop_last=False
+    )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=ShardedBatchSampler(list(order), runtime),
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+    )

@@ -1,250 +1,158 @@
-"""Exact sweeps: every preference from one pass of each test set through the merged backbone."""
+"""Sweeps: every preference of a grid, beside the experts, the base and the uncorrected merge."""
 
+import importlib.metadata
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_stat_scores
 
+from lightning_merge.evaluation import Loader, Scores, evaluate, sweep_task
 from lightning_merge.merged import MergedModel
-from lightning_merge.networks import call_network, first_linear, plain_copy, set_submodule
+from lightning_merge.merging import Experts
+from lightning_merge.networks import load_backbone, plain_copy, set_submodule
+from lightning_merge.pareto import (
+    SweepResult,
+    das_dennis,
+    equal,
+    one_hot,
+    pairwise,
+    priority,
+    response,
+)
 from lightning_merge.runtime import Runtime
+from lightning_merge.states import StateDict
 
-Loader = Iterable[tuple[Any, Tensor]]
-"""Batches of inputs and integer labels; every process iterates its own share."""
-
-MAX_LOGITS = 2**25
-"""Logits of all preferences held at a time (128 MiB in float32)."""
+LATTICE_POINTS = 150
+"""Most points of the lattice that is chosen by itself."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Counts of correct answers: of P preferences, and of the uncorrected head, on one task."""
+@dataclass(frozen=True, kw_only=True)
+class PreferenceGrid:
+    """Which preferences a sweep evaluates; equal and one-hot preferences are always among them."""
 
-    correct: Tensor
-    """``(P,)`` int64."""
-    uncorrected: int
-    samples: int
+    priority: float = 0.5
+    """Weight of the favoured task in priority preferences; the others share the rest."""
+    pairwise: int = 11
+    """Points on the edge between each two tasks; 0 for none."""
+    response: int = 11
+    """Points on the path of each task's weight from 0 to 1; 0 for none."""
+    lattice: int | None = None
+    """Divisions of the lattice over all tasks; 0 for none, by default up to 150 points."""
+    max_pairs: int = 45
+    """Pairs beyond this many are left out of the pairwise fronts (ten tasks have 45)."""
 
-    @property
-    def accuracy(self) -> Tensor:
-        """``(P,)`` float64, in [0, 1]."""
-        return self.correct.double() / self.samples
+    def __post_init__(self) -> None:
+        if not 0 < self.priority <= 1:
+            raise ValueError(f"priority must be above 0 and at most 1, found {self.priority}.")
+        for name in ("pairwise", "response", "lattice"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}.")
+
+    def points(
+        self, tasks: tuple[str, ...]
+    ) -> tuple[Tensor, tuple[str, ...], tuple[str | None, ...]]:
+        """Preferences ``(P, T)``, what each is for, and the task that it favours, if one."""
+        count = len(tasks)
+        parts: list[tuple[str, str | None, Tensor]] = [("equal", None, equal(count))]
+        for index, task in enumerate(tasks):
+            parts.append(("one_hot", task, one_hot(count, index)))
+            parts.append(("priority", task, priority(count, index, weight=self.priority)))
+            if self.response > 1:
+                parts.append(("response", task, response(count, index, self.response)))
+        if self.pairwise > 1:
+            pairs = itertools.islice(itertools.combinations(range(count), 2), self.max_pairs)
+            parts += [("pairwise", None, pairwise(count, *pair, self.pairwise)) for pair in pairs]
+        divisions = _divisions(count) if self.lattice is None else self.lattice
+        if divisions:
+            parts.append(("lattice", None, das_dennis(count, divisions)))
+        kinds = [kind for kind, _, rows in parts for _ in range(len(rows))]
+        favoured = [task for _, task, rows in parts for _ in range(len(rows))]
+        return torch.cat([rows for _, _, rows in parts]), tuple(kinds), tuple(favoured)
 
 
-def evaluate(
-    network: nn.Module, batches: Loader, runtime: Runtime, description: str
-) -> tuple[int, int]:
-    """Count a network's correct answers on one test set.
-
-    Returns:
-        Correct answers and samples, summed over all processes.
-    """
-    counts = torch.zeros(2, dtype=torch.int64, device=runtime.device)
-    network.eval().to(runtime.device)
-    with torch.inference_mode():
-        for inputs, labels in _shown(batches, runtime, description):
-            with runtime.precision():
-                logits = logits_of(call_network(network, inputs))
-            counts[0] += count_correct(logits.unsqueeze(0), labels)[0]
-            counts[1] += len(labels)
-    correct, samples = runtime.reduce(counts).tolist()
-    return correct, _not_empty(samples, description)
-
-
-def sweep_task(
+def sweep_model(
     model: MergedModel,
-    task: str,
-    preferences: Tensor,
-    batches: Loader,
+    experts: Experts,
+    test_set: Callable[[str], Loader],
+    grid: PreferenceGrid,
     runtime: Runtime,
     *,
-    max_logits: int = MAX_LOGITS,
-) -> Scores:
-    """Evaluate all preferences on one task's test set in one pass through the backbone.
+    keep: int = 0,
+) -> tuple[SweepResult, dict[str, Scores]]:
+    """Evaluate a merged model under all preferences of a grid, and its references.
 
-    The task's head is replaced by one that answers for all preferences at a time, each with its
-    own folded first layer; whatever the network does after its head sees ``P`` times the batch.
-    Memory is bounded by ``max_logits``: where the answers of a batch are more, its forward pass is
-    split.
+    Each test set runs once through the merged backbone, whatever the number of preferences, once
+    through its expert and once through the base; every process runs its share of the batches.
 
     Args:
         model: The merged model.
-        task: The task.
-        preferences: ``(P, T)``, in the order of the model's tasks.
-        batches: The task's test set; each process its share.
+        experts: The pool that it was merged from: experts and base.
+        test_set: Batches of a task's test set; of this process alone.
+        grid: The preferences.
         runtime: This process's place among others.
-        max_logits: Numbers held at a time.
-
-    Raises:
-        ValueError: If the test set is empty, or the network mixes samples after its head.
-    """
-    network = plain_copy(model.network)
-    original = plain_copy(model.heads[task])
-    stacked = _StackedHead(original, model, task, preferences)
-    set_submodule(network, model.head, stacked)
-    network.eval().to(runtime.device)
-    size = len(preferences) + 1  # the last one is the uncorrected head
-    counts = torch.zeros(size + 1, dtype=torch.int64, device=runtime.device)
-    rows = max(1, max_logits // (size * stacked.width))
-    checked = False
-    with torch.inference_mode():
-        for inputs, labels in _shown(batches, runtime, f"Sweeping {task}"):
-            for part, truth in _parts(inputs, labels, rows):
-                with runtime.precision():
-                    logits = logits_of(call_network(network, part))
-                logits = logits.unflatten(0, (size, -1))
-                if not checked:
-                    _check_unmixed(model, original, part, logits[-1], runtime)
-                    checked = True
-                counts[:-1] += count_correct(logits, truth)
-                counts[-1] += len(truth)
-    counts = runtime.reduce(counts).cpu()
-    samples = _not_empty(int(counts[-1]), task)
-    return Scores(counts[:-2], int(counts[-2]), samples)
-
-
-def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Correct answers of each of P models on the same samples.
-
-    Args:
-        logits: ``(P, n, K)``.
-        labels: ``(n,)``, integers in ``[0, K)``.
+        keep: Samples of each task whose representation is returned with the scores.
 
     Returns:
-        ``(P,)`` int64.
+        The result, the same on every process, and the scores of each task.
     """
-    count, samples, classes = logits.shape
-    found = multiclass_stat_scores(
-        logits.argmax(-1).reshape(count, samples),
-        labels.reshape(1, samples).expand(count, samples),
-        num_classes=classes,
-        average="micro",
-        multidim_average="samplewise",
-        validate_args=False,
-    )
-    return found[:, 0].to(torch.int64)
-
-
-def logits_of(output: Any) -> Tensor:
-    """Class scores ``(n, K)`` of a network's output: a tensor, or the ``logits`` of a mapping.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    found = output.get("logits") if isinstance(output, Mapping) else output
-    if isinstance(found, Tensor) and found.ndim == 2:
-        return found
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-    raise ValueError(
-        f"accuracy needs class scores of shape (n, classes) from the network, found {shape}."
-    )
-
-
-class _StackedHead(nn.Module):
-    """A head that answers for P preferences and uncorrected: ``(n, ...)`` in, ``((P+1) n, ...)``.
-
-    Folded weights of P preferences are one ``(P+1) K x d`` matrix.
-    """
-
-    def __init__(
-        self, head: nn.Module, model: MergedModel, task: str, preferences: Tensor
-    ) -> None:
-        super().__init__()
-        weight, bias = model.linear_heads()[task]
-        weights, biases = model.correction.fold(preferences, task, weight, bias)
-        if biases is None:
-            biases = weights.new_zeros(weights.shape[:2])
-        own_bias = weight.new_zeros(len(weight)) if bias is None else bias
-        joined = torch.cat([weights.to(weight), weight.unsqueeze(0)])
-        self.copies = len(joined)
-        self.width = len(weight)
-        name, layer = first_linear(head, model.head)
-        stacked = _StackedLinear(joined, torch.cat([biases.to(weight), own_bias.unsqueeze(0)]))
-        if name:
-            set_submodule(head, name, stacked)
-        else:
-            head = stacked
-        self.head = head
-        del layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.head(*args, **kwargs)
-
-
-class _StackedLinear(nn.Module):
-    def __init__(self, weights: Tensor, biases: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weights.flatten(0, 1))
-        self.register_buffer("bias", biases.flatten())
-        self.copies = len(weights)
-
-    def forward(self, features: Tensor) -> Tensor:
-        answers = nn.functional.linear(features, self.weight, self.bias)  # type: ignore[arg-type]
-        return torch.cat(answers.chunk(self.copies, dim=-1))
-
-
-def _check_unmixed(
-    model: MergedModel, head: nn.Module, inputs: Any, found: Tensor, runtime: Runtime
-) -> None:
+    tasks = tuple(model.tasks)
+    preferences, kinds, favoured = grid.points(tasks)
     network = plain_copy(model.network)
-    set_submodule(network, model.head, head)
-    with runtime.precision():
-        expected = logits_of(call_network(network.eval().to(runtime.device), inputs))
-    error = (found.float() - expected.float()).abs().max()
-    if not error <= 1e-3 * expected.float().abs().max().clamp_min(1e-6):
-        raise ValueError(
-            f"{type(model.network).__name__} mixes samples of a batch after its head '{model.head}' "
-            f"(outputs differ by {float(error):.2e}), so preferences cannot share one pass. Merge "
-            "the part of the network up to its logits."
-        )
+    timings = {f"sweep_{name}": 0.0 for name in ("merged", "experts", "base")}
+    scores: dict[str, Scores] = {}
+    rows: dict[str, list[float]] = {"experts": [], "base": [], "uncorrected": []}
 
-
-def _parts(inputs: Any, labels: Tensor, rows: int) -> Iterator[tuple[Any, Tensor]]:
-    if len(labels) <= rows:
-        yield inputs, labels
-        return
-    for start in range(0, len(labels), rows):
-        span = slice(start, start + rows)
-        if isinstance(inputs, Mapping):
-            yield {name: value[span] for name, value in inputs.items()}, labels[span]
-        elif isinstance(inputs, (tuple, list)):
-            yield [value[span] for value in inputs], labels[span]
-        else:
-            yield inputs[span], labels[span]
-
-
-def _shown(batches: Loader, runtime: Runtime, description: str) -> Iterator[tuple[Any, Tensor]]:
-    total = len(batches) if hasattr(batches, "__len__") else 0
-    for batch in runtime.progress(batches, total, description):
-        inputs, labels = runtime.to_device(batch)
-        yield inputs, labels
-
-
-def _not_empty(samples: int, what: str) -> int:
-    if samples == 0:
-        raise ValueError(f"{what}: the test set is empty, so there is nothing to evaluate.")
-    return samples
-
-
-class Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def run(self, stage: str, work: Callable[[], Any]) -> Any:
-        """Run ``work`` and add its time to a stage."""
+    def reference(task: str, row: str, state: StateDict) -> None:
         start = time.perf_counter()
-        result = work()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-        return result
+        correct, samples = evaluate(
+            _filled(network, model, task, state), test_set(task), runtime, f"{task}: {row}"
+        )
+        rows[row].append(correct / samples)
+        timings[f"sweep_{row}"] += time.perf_counter() - start
+
+    for task in tasks:
+        start = time.perf_counter()
+        scores[task] = sweep_task(model, task, preferences, test_set(task), runtime, keep=keep)
+        timings["sweep_merged"] += time.perf_counter() - start
+        rows["uncorrected"].append(scores[task].uncorrected / scores[task].samples)
+        reference(task, "experts", experts.expert(task))
+        reference(task, "base", experts.base)
+    result = SweepResult(
+        tasks=tasks,
+        metric="accuracy",
+        preferences=preferences,
+        kinds=kinds,
+        favoured=favoured,
+        raw=torch.stack([scores[task].accuracy for task in tasks], dim=1),
+        references={name: torch.tensor(row, dtype=torch.float64) for name, row in rows.items()},
+        method=_method_name(model),
+        timings={**model.record.get("timings", {}), **timings},
+        versions={
+            name: importlib.metadata.version(name)
+            for name in ("lightning-merge", "lightning", "torch", "timm")
+        },
+        diagnostics=model.correction.report(),
+    )
+    return result, scores
 
 
-def finite(value: float) -> float | None:
-    """A number for JSON, which has no NaN."""
-    return value if math.isfinite(value) else None
+def _filled(network: nn.Module, model: MergedModel, task: str, state: StateDict) -> nn.Module:
+    load_backbone(network.cpu(), state, model.head)
+    set_submodule(network, model.head, plain_copy(model.heads[task]))
+    return network
+
+
+def _divisions(count: int) -> int:
+    divisions = 1
+    while math.comb(divisions + count, count - 1) <= LATTICE_POINTS:
+        divisions += 1
+    return divisions
+
+
+def _method_name(model: MergedModel) -> str:
+    method = model.record.get("method", {})
+    return str(method.get("class_path", "unknown")).rpartition(".")[2]

@@ -1,22 +1,37 @@
 """A Trainer that also merges, sweeps and exports, under its own devices and strategy."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
+from torch.utils.data import Dataset
 
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.merged import MergedModel
-from lightning_merge.merging import BatchNorm, merge_experts
+from lightning_merge.merging import BatchNorm, Correction, merge_experts
 from lightning_merge.methods import Average, MergeMethod
 from lightning_merge.networks import plain_copy
 from lightning_merge.pool import ExpertPool
 from lightning_merge.report import print_table, write_report
-from lightning_merge.strategies import on_first, runtime_of
+from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
+
+
+LIVE_SAMPLES = 200
+"""Test samples of each task that the report's sliders are evaluated on, exactly."""
+
+
+@runtime_checkable
+class TestSets(Protocol):
+    """What a sweep asks of a datamodule."""
+
+    def test_dataset(self, task: str) -> Dataset[Any]:
+        """Labelled test samples of one task."""
+
+    def dataloader(self, dataset: Dataset[Any]) -> Iterable[Any]:
+        """Batches of a dataset, in order."""
 
 
 class MergeTrainer(Trainer):
@@ -51,20 +66,9 @@ class MergeTrainer(Trainer):
             batch_size: Samples a forward pass.
         """
 
-        def run() -> None:
-            merged = merge_experts(
-                ExpertPool.open(pool),
-                method,
-                correction=correction,
-                module=_network(model),
-                tasks=tasks,
-                batch_norm=batch_norm,
-                batch_size=batch_size,
-                runtime=runtime_of(self),
-            )
-            on_first(self, lambda: merged.save(output))
-
-        self._launch(run)
+        self._launch(
+            self._merge, model, pool, output, method, correction, tasks, batch_norm, batch_size
+        )
 
     def sweep(
         self,
@@ -88,38 +92,7 @@ class MergeTrainer(Trainer):
             grid: Which preferences.
         """
 
-        def run() -> None:
-            if not hasattr(datamodule, "test_dataset"):
-                raise ValueError(
-                    "sweep needs the tasks' test sets: a datamodule with test_dataset(task) and "
-                    "dataloader(dataset), such as lightning_merge.data.TaskSuite (--data ...)."
-                )
-            start = time.perf_counter()
-            network = _network(model)
-            steerable = MergedModel.load(merged, module=network)
-            runtime = runtime_of(self)
-            on_first(self, datamodule.prepare_data)
-            result, live = sweep_model(
-                steerable,
-                ExpertPool.open(pool or steerable.record["pool"]),
-                lambda task: datamodule.dataloader(
-                    datamodule.test_dataset(task), rank=self.global_rank, world=self.world_size
-                ),
-                grid,
-                runtime,
-                module=network,
-            )
-            result.timings["sweep"] = time.perf_counter() - start
-
-            def write() -> None:
-                result.save(output)
-                paths = write_report(result, output, live)
-                print_table(result, [Path(output) / "results.csv", *paths])
-
-            on_first(self, write)
-            self._log_rows(result.summary())
-
-        self._launch(run)
+        self._launch(self._sweep, model, datamodule, merged, output, pool, grid)
 
     def export(
         self,
@@ -150,21 +123,80 @@ class MergeTrainer(Trainer):
         path = steerable.export(output, preference, task, format, example)
         self.print(f"wrote {path}")
 
-    def _launch(self, work: Callable[[], None]) -> None:
+    def _launch(self, work: Callable[..., None], *args: Any) -> None:
         """Run a stage on all devices through the strategy's own launcher."""
-
-        def run() -> None:
-            self.strategy.setup_environment()
-            try:
-                work()
-            finally:
-                self.strategy.teardown()
-
         launcher = self.strategy.launcher
         if launcher is None:
-            run()
+            self._staged(work, *args)
         else:
-            launcher.launch(run, trainer=self)
+            launcher.launch(self._staged, work, *args, trainer=self)
+
+    def _staged(self, work: Callable[..., None], *args: Any) -> None:
+        self.strategy.setup_environment()
+        try:
+            work(*args)
+            self.strategy.barrier("lightning_merge")
+        finally:
+            self.strategy.teardown()
+
+    def _merge(
+        self,
+        model: LightningModule | None,
+        pool: str,
+        output: str,
+        method: MergeMethod,
+        correction: Correction,
+        tasks: list[str] | None,
+        batch_norm: BatchNorm,
+        batch_size: int,
+    ) -> None:
+        merged = merge_experts(
+            ExpertPool.open(pool),
+            method,
+            correction=correction,
+            module=_network(model),
+            tasks=tasks,
+            batch_norm=batch_norm,
+            batch_size=batch_size,
+            runtime=runtime_of(self),
+        )
+        on_first(self, lambda: merged.save(output))
+
+    def _sweep(
+        self,
+        model: LightningModule | None,
+        datamodule: LightningDataModule | None,
+        merged: str,
+        output: str,
+        pool: str | None,
+        grid: PreferenceGrid,
+    ) -> None:
+        if not isinstance(datamodule, TestSets):
+            raise ValueError(
+                "sweep needs the tasks' test sets: a datamodule with test_dataset(task) and "
+                "dataloader(dataset), such as lightning_merge.data.TaskSuite (--data ...)."
+            )
+        suite: TestSets = datamodule
+        runtime = runtime_of(self)
+        on_first(self, datamodule.prepare_data)
+        datamodule.setup("test")
+        steerable = MergedModel.load(merged, module=_network(model))
+        result, scores = sweep_model(
+            steerable,
+            ExpertPool.open(pool or steerable.record["pool"]),
+            lambda task: sharded(suite.dataloader(suite.test_dataset(task)), runtime),
+            grid,
+            runtime,
+            keep=LIVE_SAMPLES,
+        )
+
+        def write() -> None:
+            result.save(output)
+            paths = write_report(result, output, live_model(steerable, scores))
+            print_table(result, [Path(output) / "results.csv", *paths])
+
+        on_first(self, write)
+        self._log_rows(result.summary())
 
     def _log_rows(self, summary: Mapping[str, Any]) -> None:
         figures = {

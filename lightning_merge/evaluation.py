@@ -1,0 +1,243 @@
+"""Counting correct answers: of one network, or of all preferences in one pass."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_stat_scores
+
+from lightning_merge.merged import MergedModel
+from lightning_merge.networks import call_network, first_linear, plain_copy, set_submodule
+from lightning_merge.runtime import Runtime
+
+Loader = Iterable[tuple[Any, Tensor]]
+"""Batches of inputs and integer labels; every process iterates its own share."""
+
+MAX_LOGITS = 2**25
+"""Logits of all preferences held at a time (128 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Counts of correct answers: of P preferences, and of the uncorrected head, on one task."""
+
+    correct: Tensor
+    """``(P,)`` int64."""
+    uncorrected: int
+    samples: int
+    features: Tensor
+    """Representation ``(n, d)`` of some of the samples, on the first process."""
+    labels: Tensor
+    """Their labels ``(n,)``."""
+
+    @property
+    def accuracy(self) -> Tensor:
+        """``(P,)`` float64, in [0, 1]."""
+        return self.correct.double() / self.samples
+
+
+def evaluate(
+    network: nn.Module, batches: Loader, runtime: Runtime, description: str
+) -> tuple[int, int]:
+    """Count a network's correct answers on one test set.
+
+    Returns:
+        Correct answers and samples, summed over all processes.
+    """
+    counts = torch.zeros(2, dtype=torch.int64, device=runtime.device)
+    network.eval().to(runtime.device)
+    with torch.inference_mode():
+        for inputs, labels in _shown(batches, runtime, description):
+            with runtime.precision():
+                logits = logits_of(call_network(network, inputs))
+            counts[0] += count_correct(logits.unsqueeze(0), labels)[0]
+            counts[1] += len(labels)
+    correct, samples = runtime.reduce(counts).tolist()
+    return correct, _not_empty(samples, description)
+
+
+def sweep_task(
+    model: MergedModel,
+    task: str,
+    preferences: Tensor,
+    batches: Loader,
+    runtime: Runtime,
+    *,
+    max_logits: int = MAX_LOGITS,
+    keep: int = 0,
+) -> Scores:
+    """Evaluate all preferences on one task's test set in one pass through the backbone.
+
+    The task's head is replaced by one that answers for all preferences at a time, each with its
+    own folded first layer; whatever the network does after its head sees ``P`` times the batch.
+    Memory is bounded by ``max_logits``: where the answers of a batch are more, its forward pass is
+    split.
+
+    Args:
+        model: The merged model.
+        task: The task.
+        preferences: ``(P, T)``, in the order of the model's tasks.
+        batches: The task's test set; each process its share.
+        runtime: This process's place among others.
+        max_logits: Numbers held at a time.
+        keep: Return the representation of this many samples, from the front.
+
+    Raises:
+        ValueError: If the test set is empty, or the network mixes samples after its head.
+    """
+    network = plain_copy(model.network)
+    original = plain_copy(model.heads[task])
+    stacked = _StackedHead(original, model, task, preferences)
+    set_submodule(network, model.head, stacked)
+    network.eval().to(runtime.device)
+    size = len(preferences) + 1  # the last one is the uncorrected head
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=runtime.device)
+    rows = max(1, max_logits // (size * stacked.width))
+    checked = False
+    kept: list[tuple[Tensor, Tensor]] = []
+    with torch.inference_mode():
+        for inputs, labels in _shown(batches, runtime, f"Sweeping {task}"):
+            for part, truth in _parts(inputs, labels, rows):
+                with runtime.precision():
+                    logits = logits_of(call_network(network, part))
+                logits = logits.unflatten(0, (size, -1))
+                if not checked:
+                    _check_unmixed(model, original, part, logits[-1], runtime)
+                    checked = True
+                counts[:-1] += count_correct(logits, truth)
+                counts[-1] += len(truth)
+                if keep > sum(len(seen) for _, seen in kept):
+                    kept.append((stacked.linear.seen.cpu(), truth.cpu()))
+    counts = runtime.reduce(counts).cpu()
+    samples = _not_empty(int(counts[-1]), task)
+    features, labels = (torch.cat(part)[:keep] for part in zip(*kept, strict=True)) if kept else (
+        torch.empty(0),
+        torch.empty(0),
+    )
+    return Scores(counts[:-2], int(counts[-2]), samples, features, labels)
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Correct answers of each of P models on the same samples.
+
+    Args:
+        logits: ``(P, n, K)``.
+        labels: ``(n,)``, integers in ``[0, K)``.
+
+    Returns:
+        ``(P,)`` int64.
+    """
+    count, samples, classes = logits.shape
+    found = multiclass_stat_scores(
+        logits.argmax(-1).reshape(count, samples),
+        labels.reshape(1, samples).expand(count, samples),
+        num_classes=classes,
+        average="micro",
+        multidim_average="samplewise",
+        validate_args=False,
+    )
+    return found[:, 0].to(torch.int64)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Class scores ``(n, K)`` of a network's output: a tensor, or the ``logits`` of a mapping.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    if isinstance(found, Tensor) and found.ndim == 2:
+        return found
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+    raise ValueError(
+        f"accuracy needs class scores of shape (n, classes) from the network, found {shape}."
+    )
+
+
+class _StackedHead(nn.Module):
+    """A head that answers for P preferences and uncorrected: ``(n, ...)`` in, ``((P+1) n, ...)``.
+
+    Folded weights of P preferences are one ``(P+1) K x d`` matrix.
+    """
+
+    def __init__(
+        self, head: nn.Module, model: MergedModel, task: str, preferences: Tensor
+    ) -> None:
+        super().__init__()
+        weight, bias = model.linear_heads()[task]
+        weights, biases = model.correction.fold(preferences, task, weight, bias)
+        if biases is None:
+            biases = weights.new_zeros(weights.shape[:2])
+        own_bias = weight.new_zeros(len(weight)) if bias is None else bias
+        joined = torch.cat([weights.to(weight), weight.unsqueeze(0)])
+        self.copies = len(joined)
+        self.width = len(weight)
+        self.linear = _StackedLinear(
+            joined, torch.cat([biases.to(weight), own_bias.unsqueeze(0)])
+        )
+        name, _ = first_linear(head, model.head)
+        if name:
+            set_submodule(head, name, self.linear)
+        self.head = head if name else self.linear
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.head(*args, **kwargs)
+
+
+class _StackedLinear(nn.Module):
+    def __init__(self, weights: Tensor, biases: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weights.flatten(0, 1))
+        self.register_buffer("bias", biases.flatten())
+        self.copies = len(weights)
+        self.seen = weights.new_empty(0, weights.shape[-1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.seen = features
+        answers = nn.functional.linear(features, self.weight, self.bias)  # type: ignore[arg-type]
+        return torch.cat(answers.chunk(self.copies, dim=-1))
+
+
+def _check_unmixed(
+    model: MergedModel, head: nn.Module, inputs: Any, found: Tensor, runtime: Runtime
+) -> None:
+    network = plain_copy(model.network)
+    set_submodule(network, model.head, head)
+    with runtime.precision():
+        expected = logits_of(call_network(network.eval().to(runtime.device), inputs))
+    error = (found.float() - expected.float()).abs().max()
+    if not error <= 1e-3 * expected.float().abs().max().clamp_min(1e-6):
+        raise ValueError(
+            f"{type(model.network).__name__} mixes samples of a batch after its head '{model.head}' "
+            f"(outputs differ by {float(error):.2e}), so preferences cannot share one pass. Merge "
+            "the part of the network up to its logits."
+        )
+
+
+def _parts(inputs: Any, labels: Tensor, rows: int) -> Iterator[tuple[Any, Tensor]]:
+    if len(labels) <= rows:
+        yield inputs, labels
+        return
+    for start in range(0, len(labels), rows):
+        span = slice(start, start + rows)
+        if isinstance(inputs, Mapping):
+            yield {name: value[span] for name, value in inputs.items()}, labels[span]
+        elif isinstance(inputs, (tuple, list)):
+            yield [value[span] for value in inputs], labels[span]
+        else:
+            yield inputs[span], labels[span]
+
+
+def _shown(batches: Loader, runtime: Runtime, description: str) -> Iterator[tuple[Any, Tensor]]:
+    total = len(batches) if hasattr(batches, "__len__") else 0
+    for batch in runtime.progress(batches, total, description):
+        inputs, labels = runtime.to_device(batch)
+        yield inputs, labels
+
+
+def _not_empty(samples: int, what: str) -> int:
+    if samples == 0:
+        raise ValueError(f"{what}: the test set is empty, so there is nothing to evaluate.")
+    return samples

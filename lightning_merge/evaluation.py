@@ -112,9 +112,13 @@ def sweep_task(
                     kept.append((stacked.linear.seen.cpu(), truth.cpu()))
     counts = runtime.reduce(counts).cpu()
     samples = _not_empty(int(counts[-1]), task)
-    features, labels = (torch.cat(part)[:keep] for part in zip(*kept, strict=True)) if kept else (
-        torch.empty(0),
-        torch.empty(0),
+    features, labels = (
+        (torch.cat(part)[:keep] for part in zip(*kept, strict=True))
+        if kept
+        else (
+            torch.empty(0),
+            torch.empty(0),
+        )
     )
     return Scores(counts[:-2], int(counts[-2]), samples, features, labels)
 
@@ -162,9 +166,7 @@ class _StackedHead(nn.Module):
     Folded weights of P preferences are one ``(P+1) K x d`` matrix.
     """
 
-    def __init__(
-        self, head: nn.Module, model: MergedModel, task: str, preferences: Tensor
-    ) -> None:
+    def __init__(self, head: nn.Module, model: MergedModel, task: str, preferences: Tensor) -> None:
         super().__init__()
         weight, bias = model.linear_heads()[task]
         weights, biases = model.correction.fold(preferences, task, weight, bias)
@@ -174,9 +176,7 @@ class _StackedHead(nn.Module):
         joined = torch.cat([weights.to(weight), weight.unsqueeze(0)])
         self.copies = len(joined)
         self.width = len(weight)
-        self.linear = _StackedLinear(
-            joined, torch.cat([biases.to(weight), own_bias.unsqueeze(0)])
-        )
+        self.linear = _StackedLinear(joined, torch.cat([biases.to(weight), own_bias.unsqueeze(0)]))
         name, _ = first_linear(head, model.head)
         if name:
             set_submodule(head, name, self.linear)

@@ -38,7 +38,9 @@ def write_network(
         write_tensors(path, {k: v for k, v in state.items() if k not in ties}, metadata)
         return path
     if example is None:
-        raise ValueError(f"format '{format}' traces the network: give example=, one batch of inputs.")
+        raise ValueError(
+            f"format '{format}' traces the network: give example=, one batch of inputs."
+        )
     args, dynamic = _arguments(example)
     with replacing(path) as temporary, torch.no_grad():
         program = torch.export.export(network.cpu(), *args, dynamic_shapes=dynamic)

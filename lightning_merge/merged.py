@@ -91,9 +91,7 @@ class MergedModel:
     @overload
     def with_preference(self, preference: Mapping[str, float] | Tensor) -> SteeredModel: ...
     @overload
-    def with_preference(
-        self, preference: Mapping[str, float] | Tensor, task: str
-    ) -> nn.Module: ...
+    def with_preference(self, preference: Mapping[str, float] | Tensor, task: str) -> nn.Module: ...
     def with_preference(
         self, preference: Mapping[str, float] | Tensor, task: str | None = None
     ) -> nn.Module:

@@ -1,23 +1,27 @@
 """The whole of the merge in one call, with no Trainer: pool in, merged model out."""
 
-import importlib.metadata
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_merge.calibrating import (
-    batch_norm_state,
     correction_statistics,
     reestimate_batch_norm,
 )
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.correction import CorrectionOptions, CorrectionStatistics
 from lightning_merge.merged import MergedModel
-from lightning_merge.methods import Average, CalibratedMethod, Calibration, MergeMethod, WeightMethod
+from lightning_merge.methods import (
+    Average,
+    CalibratedMethod,
+    Calibration,
+    MergeMethod,
+    WeightMethod,
+)
 from lightning_merge.networks import (
     build_head,
     call_network,

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_merge.networks import build_head, call_network, first_linear, set_submodule
@@ -74,9 +73,7 @@ class SteeredModel(nn.Module):
         if first is switch.output:
             rest = [switch.again(index) for index in range(1, len(self.tasks))]
         else:  # the network does something after its head
-            rest = [
-                switch.run(self.network, inputs, index) for index in range(1, len(self.tasks))
-            ]
+            rest = [switch.run(self.network, inputs, index) for index in range(1, len(self.tasks))]
         switch.forget()
         return dict(zip(self.tasks, [first, *rest], strict=True))
 

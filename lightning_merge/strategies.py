@@ -84,8 +84,6 @@ def _progress(
             display.stop()
 
 
-
-
 class ShardedBatchSampler:
     """Every ``world_size``-th batch; nothing padded, nothing repeated, and a share may be empty."""
 
@@ -103,9 +101,7 @@ def sharded(loader: Iterable[Any], runtime: Runtime) -> Iterable[Any]:
     """This process's share of a loader's batches, in the dataset's order, each sample once."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader if runtime.world_size == 1 else runtime.share(loader)
-    order = BatchSampler(
-        SequentialSampler(loader.dataset), loader.batch_size or 1, drop_last=False
-    )
+    order = BatchSampler(SequentialSampler(loader.dataset), loader.batch_size or 1, drop_last=False)
     return DataLoader(
         loader.dataset,
         batch_sampler=ShardedBatchSampler(list(order), runtime),

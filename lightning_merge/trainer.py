@@ -18,7 +18,6 @@ from lightning_merge.report import print_table, write_report
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
 
-
 LIVE_SAMPLES = 200
 """Test samples of each task that the report's sliders are evaluated on, exactly."""
 
@@ -65,7 +64,6 @@ class MergeTrainer(Trainer):
                 averaged over the experts, or re-estimated where there are inputs.
             batch_size: Samples a forward pass.
         """
-
         self._launch(
             self._merge, model, pool, output, method, correction, tasks, batch_norm, batch_size
         )
@@ -91,7 +89,6 @@ class MergeTrainer(Trainer):
                 the model was merged from.
             grid: Which preferences.
         """
-
         self._launch(self._sweep, model, datamodule, merged, output, pool, grid)
 
     def export(

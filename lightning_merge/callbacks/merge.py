@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from typing_extensions import override
 
+from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.callbacks.inputs import calibration_batches
 from lightning_merge.callbacks.specs import build_correction, build_method, plain
-from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.checkpoints import read_checkpoint
 from lightning_merge.merging import merge_experts
 from lightning_merge.networks import get_submodule, plain_copy

@@ -1,0 +1,99 @@
+"""Linear systems of the correction: ``W M = N``, its limits, and the dual form."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_merge.functional.procrustes import numerical_rank
+
+
+def solve_right(
+    target: Float[Tensor, "*batch k d"], curvature: Float[Tensor, "*batch d d"]
+) -> Float[Tensor, "*batch k d"]:
+    r"""Solve :math:`W M = N` for symmetric positive definite M by Cholesky, and check it.
+
+    The backward error :math:`\|W M - N\|_F / (\|W\|_F \|M\|_2 + \|N\|_F)` must be at most
+    ``1e-12 d``; one step of refinement is tried before giving up.
+
+    Args:
+        target: N, float64.
+        curvature: M, float64.
+
+    Raises:
+        ValueError: If M is not positive definite, or the solution is not accurate.
+    """
+    factor, info = torch.linalg.cholesky_ex(curvature)
+    if bool((info != 0).any()) or not bool(torch.isfinite(factor).all()):
+        raise ValueError(
+            "the second moments of the merged features are not positive definite even with the "
+            "ridge: they hold NaN or were damaged. Collect the statistics again, or raise beta."
+        )
+    solution = torch.cholesky_solve(target.mT, factor).mT
+    limit = 1e-12 * curvature.shape[-1]
+    if _backward_error(solution, target, curvature) > limit:
+        residual = target - solution @ curvature
+        solution = solution + torch.cholesky_solve(residual.mT, factor).mT
+        error = _backward_error(solution, target, curvature)
+        if not error <= limit:
+            raise ValueError(
+                f"the correction could not be solved accurately: backward error {error:.1e}, "
+                f"allowed {limit:.1e}. Raise beta, or check the features for extreme values."
+            )
+    return solution
+
+
+def _backward_error(
+    solution: Float[Tensor, "*batch k d"],
+    target: Float[Tensor, "*batch k d"],
+    curvature: Float[Tensor, "*batch d d"],
+) -> float:
+    residual = torch.linalg.matrix_norm(solution @ curvature - target)
+    # The largest row sum over sqrt(d) never exceeds the spectral norm, so this errs on the safe
+    # side and costs no decomposition.
+    spectral = curvature.abs().sum(-1).amax(-1) / curvature.shape[-1] ** 0.5
+    scale = torch.linalg.matrix_norm(solution) * spectral + torch.linalg.matrix_norm(target)
+    return float((residual / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
+
+
+def ridgeless(
+    cross: Float[Tensor, "k d"], gram: Float[Tensor, "d d"], prior: Float[Tensor, "k d"]
+) -> Float[Tensor, "k d"]:
+    r"""Limit of vanishing ridge: the least-squares solution nearest to the prior.
+
+    .. math:: W = W_0 + (A - W_0 G)\,G^{+}
+
+    Args:
+        cross: :math:`A`.
+        gram: :math:`G`, positive semi-definite; of any rank.
+        prior: :math:`W_0`, kept on the null space of G.
+    """
+    values, Q = torch.linalg.eigh(gram)
+    values, Q = values.flip(0), Q.flip(1)
+    rank = numerical_rank(values.clamp_min(0), len(gram)) if bool(values[0] > 0) else 0
+    Q, values = Q[:, :rank], values[:rank]
+    return prior + (((cross - prior @ gram) @ Q) / values) @ Q.T
+
+
+def dual_ridge(
+    merged: Float[Tensor, "d n"],
+    expert: Float[Tensor, "k n"],
+    prior: Float[Tensor, "k d"],
+    beta: float,
+) -> Float[Tensor, "k d"]:
+    r"""Ridge towards a prior through the n x n kernel: cheaper when n is far below d.
+
+    .. math:: W = W_0 + (Z_i - W_0 Z_m)(Z_m^\top Z_m + \beta I)^{-1} Z_m^\top
+
+    Equal to the primal :math:`(A + \beta W_0)(G + \beta I)^{-1}`. For several tasks put their
+    columns side by side, each scaled by :math:`\sqrt{w_t}`, with
+    :math:`\bar\beta = \sum w_t \beta_t` and
+    :math:`\bar W_0 = \sum w_t \beta_t W_{0,t} / \bar\beta`.
+
+    Args:
+        merged: Features of the merged backbone, one column a sample.
+        expert: Features of the expert on the same samples.
+        prior: :math:`W_0`.
+        beta: Absolute ridge, positive.
+    """
+    kernel = merged.T @ merged + beta * torch.eye(merged.shape[1]).to(merged)
+    return prior + solve_right(expert - prior @ merged, kernel) @ merged.T

@@ -54,10 +54,10 @@ def read_checkpoint(path: str | Path, *, stand_ins: bool = False) -> StateDict:
     names = _refused(path)
     if names and not stand_ins:
         raise ValueError(
-            f"{path} needs unpickling of {', '.join(names[:5])}, which could run code; only tensors "
-            "and plain data are read. Read it with lightning_merge.checkpoints.read_checkpoint("
-            "path, stand_ins=True), which replaces these by inert objects and keeps the tensors, "
-            "or save its state_dict alone as safetensors."
+            f"{path} needs unpickling of {', '.join(names[:5])}, which could run code; only "
+            "tensors and plain data are read. Read it with read_checkpoint(path, stand_ins=True) "
+            "of lightning_merge.checkpoints, which replaces these by inert objects and keeps the "
+            "tensors, or save its state_dict alone as safetensors."
         )
     fakes: list[Any] = [
         (type(name.rpartition(".")[2], (StandIn,), {}), name) for name in names if "." in name
@@ -67,8 +67,8 @@ def read_checkpoint(path: str | Path, *, stand_ins: bool = False) -> StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors ({str(error).splitlines()[0]}). It "
-            "may be truncated, or hold a pickled object: save the module's state_dict instead."
+            f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}). It may be "
+            "truncated, or hold a pickled object: save the module's state_dict instead."
         ) from error
     return clean_names(_weights(content, path))
 

@@ -210,9 +210,9 @@ def _check_unmixed(
     error = (found.float() - expected.float()).abs().max()
     if not error <= 1e-3 * expected.float().abs().max().clamp_min(1e-6):
         raise ValueError(
-            f"{type(model.network).__name__} mixes samples of a batch after its head '{model.head}' "
-            f"(outputs differ by {float(error):.2e}), so preferences cannot share one pass. Merge "
-            "the part of the network up to its logits."
+            f"{type(model.network).__name__} mixes samples of a batch after its head "
+            f"'{model.head}' (outputs differ by {float(error):.2e}), so preferences cannot share "
+            "one pass. Merge the part of the network up to its logits."
         )
 
 

@@ -245,8 +245,8 @@ def _chosen(source: Experts, tasks: Sequence[str] | None) -> list[str]:
         raise ValueError(f"a task is named twice: {names}.")
     if len(names) < 2:
         raise ValueError(
-            f"a merge needs at least two experts, found {len(names)} ({', '.join(names) or 'none'})."
-            " Add experts of more tasks to the pool first."
+            f"a merge needs at least two experts, found {len(names)} "
+            f"({', '.join(names) or 'none'}). Add experts of more tasks to the pool first."
         )
     return names
 

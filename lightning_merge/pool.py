@@ -341,11 +341,11 @@ def _warn_if_implausible(task: str, base: StateDict, expert: StateDict) -> None:
 
 
 def _occupied(pool: ExpertPool, digest: str, head: str) -> str:
+    if pool.head != head:
+        return f"{pool.path} has the head '{pool.head}', found '{head}'. Use the same head."
     if pool.fingerprint != digest:
         return (
             f"{pool.path} holds another base (fingerprint {pool.fingerprint[:12]}, this network "
             f"has {digest[:12]}). Start from the pool's base, or give a folder of its own."
         )
-    if pool.head != head:
-        return f"{pool.path} has the head '{pool.head}', found '{head}'. Use the same head."
     return f"{pool.path} is a pool already. Open it with ExpertPool.open, or give another folder."

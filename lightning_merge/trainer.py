@@ -210,9 +210,6 @@ class MergeTrainer(Trainer):
 def _network(model: LightningModule | None) -> nn.Module | None:
     if model is None:
         return None
-    configure = getattr(model, "configure_model", None)
-    if configure is not None:
-        configure()
     network = getattr(model, "network", None)
     return plain_copy(network if isinstance(network, nn.Module) else model)
 

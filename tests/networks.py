@@ -67,8 +67,8 @@ def convnext(classes: int = 3) -> nn.Module:
         "convnext_atto",
         in_chans=1,
         num_classes=classes,
-        depths=(1, 1),
-        dims=(8, 12),
+        depths=(1, 1, 1, 1),
+        dims=(8, 8, 8, 12),
         patch_size=2,
         kernel_sizes=3,
     )
@@ -100,7 +100,7 @@ KINDS = {
     "deep_head": (DeepHead, "classifier", VECTOR),
     "tied": (Tied, "head", VECTOR),
     "mapping": (Scaled, "head", VECTOR),
-    "convnext": (convnext, "head.fc", IMAGE),
+    "convnext": (convnext, "head.fc", (1, 32, 32)),
     "vit": (vit, "head", IMAGE),
     "resnet": (resnet, "fc", (1, 32, 32)),
 }
@@ -112,13 +112,14 @@ def make(kind: str, classes: int = 3) -> tuple[nn.Module, str, tuple[int, ...]]:
     return factory(classes).eval(), head, shape
 
 
-def tuned(base: nn.Module, seed: int, amount: float = 0.05) -> nn.Module:
-    """A copy whose floating-point parameters moved a little."""
+def tuned(base: nn.Module, seed: int, amount: float = 0.3) -> nn.Module:
+    """A copy whose floating-point parameters moved, by a fraction of their own size."""
     expert = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in expert.parameters():
-            value += amount * torch.randn(value.shape, generator=generator).to(value)
+            size = amount * value.float().square().mean().sqrt().clamp_min(0.02)
+            value += (size * torch.randn(value.shape, generator=generator)).to(value)
         for name, value in expert.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 value += amount * torch.rand(value.shape, generator=generator)

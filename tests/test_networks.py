@@ -22,7 +22,7 @@ def test_representation_is_what_the_first_linear_layer_reads(kind):
     network, head, shape = make(kind)
     x = torch.randn(5, *shape)
     z = networks.representation(network, head, x)
-    name, layer = networks.first_linear(networks.get_submodule(network, head), head)
+    _, layer = networks.first_linear(networks.get_submodule(network, head), head)
     seen = {}
     layer.register_forward_hook(lambda module, args, output: seen.update(out=output))
     network(x)
@@ -101,7 +101,7 @@ def test_a_head_without_bias_is_built_from_one_with():
         (lambda: networks.get_submodule(MLP(), "net.11"), r"no submodule '11'.*last first: net\.9"),
         (
             lambda: networks.get_submodule(MLP(), "heads"),
-            "MLP has no submodule 'heads', only 'net'",
+            "no submodule 'heads', only 'net'",
         ),
         (lambda: networks.first_linear(nn.Conv2d(1, 1, 1), "head"), "no nn.Linear"),
         (lambda: networks.split_state(MLP(), "net"), "the whole network"),

@@ -105,31 +105,19 @@ def test_opening_and_creating_again(pool, base):
     with pytest.raises(ValueError, match="holds another base"):
         ExpertPool.create(pool.path, tuned(base, 1), HEAD, exist_ok=True)
     with pytest.raises(ValueError, match=r"has the head 'net.9', found 'net.8'"):
-        ExpertPool.create(pool.path, with_another_head(base), "net.8", exist_ok=True)
-
-
-def with_another_head(base):
-    network = MLP()
-    network.load_state_dict(base.state_dict())
-    network.net[8] = torch.nn.Linear(8, 8)
-    network.net.add_module("8", torch.nn.Linear(8, 8))
-    # the same backbone under another head path
-    network.net[8], network.net[9] = network.net[9], torch.nn.Identity()
-    return network
+        ExpertPool.create(pool.path, base, "net.8", exist_ok=True)
 
 
 def _add(path: str, task: str, seed: int) -> None:
     torch.set_num_threads(1)
     pool = ExpertPool.open(path)
     base = MLP()
-    base.load_state_dict(
-        {**dict(pool.base), "net.9.weight": torch.zeros(3, 8), "net.9.bias": torch.zeros(3)}
-    )
+    base.load_state_dict(dict(pool.base), strict=False)
     pool.add(task, tuned(base, seed), calibration=torch.randn(4, 6))
 
 
 def test_several_processes_add_at_a_time(pool):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_add, args=(str(pool.path), f"t{i}", i)) for i in range(2)]
     for worker in workers:
         worker.start()
@@ -275,10 +263,12 @@ def test_a_malicious_checkpoint_does_nothing(tmp_path, pool):
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Evil()}, path)
     with pytest.raises(ValueError, match="needs unpickling"):
         pool.add("a", path)
-    read_checkpoint(path, stand_ins=True)
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint of tensors"):
+        read_checkpoint(path, stand_ins=True)
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2])])
 def test_files_that_are_no_checkpoints(tmp_path, pool, content):
     path = tmp_path / "x.ckpt"
@@ -300,7 +290,6 @@ def test_only_networks_are_built():
         build_network({"class_path": "nowhere.Net"})
     with pytest.raises(ValueError, match="cannot build"):
         build_network({"class_path": "torch.nn.Linear", "init_args": {"x": 1}})
-    network = build_network(
-        {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 1}}
-    )
+    arguments = {"in_features": 2, "out_features": 1}
+    network = build_network({"class_path": "torch.nn.Linear", "init_args": arguments})
     assert network.in_features == 2

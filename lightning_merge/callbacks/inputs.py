@@ -41,8 +41,8 @@ def calibration_batches(
                     yield unlabeled(batch, network, names)
             return
     raise ValueError(
-        f"no calibration inputs from '{source}': the Trainer has no such dataloader. Choose another "
-        f"of {', '.join(SOURCES)}, or give the datamodule a calibration_dataset(task)."
+        f"no calibration inputs from '{source}': the Trainer has no such dataloader. Choose "
+        f"another of {', '.join(SOURCES)}, or give the datamodule a calibration_dataset(task)."
     )
 
 
@@ -74,8 +74,8 @@ def _accepted(network: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     wanted = [name for name in batch if name in taken and "label" not in name]
     if not wanted:
         raise ValueError(
-            f"the batch has {', '.join(map(str, batch))}, but {type(network).__name__}.forward takes "
-            f"{', '.join(taken)}. Name the inputs with inputs=[...]."
+            f"the batch has {', '.join(map(str, batch))}, but {type(network).__name__}.forward "
+            f"takes {', '.join(taken)}. Name the inputs with inputs=[...]."
         )
     return wanted
 

@@ -2,11 +2,13 @@
 
 from lightning_merge.correction.closed_form import ClosedFormCorrection
 from lightning_merge.correction.linear_map import LinearMap
+from lightning_merge.correction.options import CorrectionOptions
 from lightning_merge.correction.statistics import CorrectionStatistics
 from lightning_merge.functional.preference import as_preference, as_preferences
 
 __all__ = [
     "ClosedFormCorrection",
+    "CorrectionOptions",
     "CorrectionStatistics",
     "LinearMap",
     "as_preference",

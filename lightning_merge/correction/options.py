@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,23 +14,22 @@ from lightning_merge.correction.statistics import CorrectionStatistics
 class CorrectionOptions:
     """Choices of the correction; the arguments of ``ClosedFormCorrection`` but for the data."""
 
-    beta: float | Literal["auto"] = "auto"
-    """Strength of the pull to the prior, in units of ``beta_mode``; auto: by cross-validation."""
+    beta: float = 1e-2
+    """Strength of the pull to the prior, in units of ``beta_mode``."""
     beta_mode: Literal["relative", "per_sample", "absolute"] = "relative"
     """Unit of beta: the mean feature energy, the number of samples, or none (the paper's)."""
-    prior: str = "auto"
-    """Map that the correction is pulled to: procrustes, procrustes_svd (the paper's), identity."""
+    prior: Literal["procrustes", "scaled", "identity", "svd"] = "procrustes"
+    """Map that the correction is pulled to: a rotation completed by the identity, its best
+    multiple, the identity, or a plain decomposition (the paper's)."""
     task_scale: Literal["none", "per_sample", "per_energy", "per_gap"] = "per_energy"
     """What equal preference weighs alike: sums (the paper's), means, or relative errors."""
     bias: Literal["none", "shared", "per_task"] = "none"
     """Whether the correction has a bias."""
-    metric: Literal["representation", "head"] = "representation"
-    """Error that is minimised: of the representation (the paper's), or of what the heads read."""
 
     @classmethod
     def paper(cls) -> "CorrectionOptions":
         """The published recipe (arXiv 2511.10943): absolute β = 0.1 on raw sums, plain SVD."""
-        return cls(beta=0.1, beta_mode="absolute", prior="procrustes_svd", task_scale="none")
+        return cls(beta=0.1, beta_mode="absolute", prior="svd", task_scale="none")
 
     def build(
         self,
@@ -43,7 +42,4 @@ class CorrectionOptions:
             statistics: Sums of every task's features.
             heads: First linear layer of every task's head: weight ``(K, k)`` and bias ``(K,)``.
         """
-        options: dict[str, Any] = asdict(self)
-        if self.metric == "head":
-            options["heads"] = dict(heads)
-        return ClosedFormCorrection(statistics, **options)
+        return ClosedFormCorrection(statistics, **asdict(self))

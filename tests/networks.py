@@ -122,5 +122,5 @@ def tuned(base: nn.Module, seed: int, amount: float = 0.3) -> nn.Module:
             value += (size * torch.randn(value.shape, generator=generator)).to(value)
         for name, value in expert.named_buffers():
             if name.endswith(("running_mean", "running_var")):
-                value += amount * torch.rand(value.shape, generator=generator)
+                value += 0.05 * amount * torch.rand(value.shape, generator=generator)
     return expert

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from rich.console import Console
 from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_merge.correction import CorrectionOptions
+from lightning_merge.evaluation import Scores
 from lightning_merge.merged import MergedModel
 from lightning_merge.merging import BatchNorm, Correction, merge_experts
 from lightning_merge.methods import Average, MergeMethod
 from lightning_merge.networks import plain_copy
 from lightning_merge.pool import ExpertPool
-from lightning_merge.report import print_table, write_report
+from lightning_merge.report import LiveModel, build_live, console_table, write_report
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
 
@@ -189,8 +191,10 @@ class MergeTrainer(Trainer):
 
         def write() -> None:
             result.save(output)
-            paths = write_report(result, output, live_model(steerable, scores))
-            print_table(result, [Path(output) / "results.csv", *paths])
+            paths = write_report(result, output, _live(steerable, scores))
+            Console().print(console_table(result))
+            for path in [Path(output) / "results.csv", *paths]:
+                self.print(path)
 
         on_first(self, write)
         self._log_rows(result.summary())
@@ -212,6 +216,10 @@ def _network(model: LightningModule | None) -> nn.Module | None:
         return None
     network = getattr(model, "network", None)
     return plain_copy(network if isinstance(network, nn.Module) else model)
+
+
+def _live(model: MergedModel, scores: Mapping[str, Scores]) -> LiveModel | None:
+    raise AssertionError
 
 
 def _example(model: MergedModel, task: str | None) -> Any:

@@ -12,6 +12,7 @@ from lightning_merge.functional.selection import largest, num_kept
 
 Combine: TypeAlias = Literal["mean", "sum", "max"]
 ZeroSign: TypeAlias = Literal["majority", "positive", "none"]
+SumOrTies: TypeAlias = Literal["sum", "ties"]
 
 BLOCK = 1 << 15
 """Entries merged at once, so that the few passes over them stay in the cache."""
@@ -86,6 +87,13 @@ def sign_consensus(
                 signs[cancelled] = 1.0 if zero_sign == "positive" else majority()
         merged[start : start + BLOCK] = disjoint_merge(block, signs, combine)
     return merged.view(trimmed.shape[1:])
+
+
+def combined(
+    task_vectors: Float[Tensor, "experts *shape"], combine: SumOrTies
+) -> Float[Tensor, "*shape"]:
+    """Combine thinned-out task vectors: their sum, or the mean of those with the elected sign."""
+    return task_vectors.sum(dim=0) if combine == "sum" else sign_consensus(task_vectors)
 
 
 def majority_sign(trimmed: Float[Tensor, "experts *shape"]) -> float:

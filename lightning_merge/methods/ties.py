@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_merge.functional.selection import largest, num_kept
-from lightning_merge.functional.task_arithmetic import task_vectors_of
+from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
 from lightning_merge.functional.ties import Combine, ZeroSign, elect, sign_consensus, trim, trim_by
 from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.checks import check_density, check_scale
 from lightning_merge.states import StateDict, shape_of
 
 
@@ -38,12 +39,8 @@ class TIES(WeightMethod):
     """Sign where the task vectors cancel: that of most entries of the scope, plus, or no entry."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(
-                f"density must lie in (0, 1], found {self.density}; it is a fraction, not percent."
-            )
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number, found {self.scale}.")
+        check_density(self.density)
+        check_scale(self.scale)
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
         """Find the cuts over the whole model, reading one parameter of one expert at a time."""
@@ -81,7 +78,7 @@ class TIES(WeightMethod):
         self, base: Tensor, trimmed: Tensor, majority: Callable[[], float] | None = None
     ) -> Tensor:
         update = sign_consensus(trimmed, self.combine, self.zero_sign, majority)
-        return (base.to(update.dtype) + self.scale * update).to(base.dtype)
+        return add_update(base, update, self.scale)
 
     def _chunks(
         self, names: list[str], base: StateDict, experts: Mapping[str, StateDict], task: str

@@ -6,11 +6,13 @@ from lightning_merge.methods.breadcrumbs import Breadcrumbs
 from lightning_merge.methods.consensus import Consensus
 from lightning_merge.methods.dare import DARE
 from lightning_merge.methods.della import DELLA
+from lightning_merge.methods.isotropic import IsoC, IsoCTS
 from lightning_merge.methods.model_stock import ModelStock
 from lightning_merge.methods.rules import Coefficient
 from lightning_merge.methods.slerp import Slerp
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
+from lightning_merge.methods.tsv import TSVMerge
 
 __all__ = [
     "DARE",
@@ -22,9 +24,12 @@ __all__ = [
     "Calibration",
     "Coefficient",
     "Consensus",
+    "IsoC",
+    "IsoCTS",
     "MergeMethod",
     "ModelStock",
     "Slerp",
+    "TSVMerge",
     "TaskArithmetic",
     "WeightMethod",
 ]

@@ -14,16 +14,21 @@ from lightning_merge.methods import (
     Breadcrumbs,
     Coefficient,
     Consensus,
+    IsoC,
+    IsoCTS,
     ModelStock,
     Slerp,
     TaskArithmetic,
+    TSVMerge,
     WeightMethod,
     walk,
 )
 from lightning_merge.states import LazyStateDict
 from tests.methods.models import flat, model_sets, models
 
-pytestmark = pytest.mark.filterwarnings("ignore:slerp. two tensors")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:slerp. two tensors", "ignore:TSVMerge. .* matrices have fewer"
+)
 
 METHODS = [
     Average(),
@@ -36,6 +41,9 @@ METHODS = [
     Breadcrumbs(density=0.4, combine="ties"),
     Consensus(min_active=1),
     ModelStock(unit="row"),
+    TSVMerge(),
+    IsoC(),
+    IsoCTS(common_fraction=0.5, convolutions="matrix"),
     Slerp(position=0.5),
     Slerp(position=0.5, of="task_vectors", keep_norm=True),
 ]

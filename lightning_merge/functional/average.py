@@ -12,7 +12,7 @@ def average(
 
     .. math:: \theta_m = \sum_t w_t\,\theta_t \big/ \sum_t w_t
 
-    The sum runs in float32 or wider; the result has the dtype of ``experts`` and its own memory.
+    The sum runs in float32 or wider, the dtype of the result, which has its own memory.
     Experts that agree in an entry keep it up to rounding.
 
     Args:
@@ -27,4 +27,4 @@ def average(
     shares = (weights.to(torch.float64) / weights.to(torch.float64).sum()).to(dtype)
     flat = experts.to(dtype).reshape(len(experts), -1)
     # (n, T) @ (T,): one pass over the block; the other order is slower by far on the CPU
-    return torch.mv(flat.t(), shares.to(flat.device)).view(experts.shape[1:]).to(experts.dtype)
+    return torch.mv(flat.t(), shares.to(flat.device)).view(experts.shape[1:])

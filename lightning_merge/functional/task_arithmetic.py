@@ -40,3 +40,10 @@ def task_vectors_of(
     """
     dtype = torch.promote_types(torch.promote_types(base.dtype, experts.dtype), torch.float32)
     return experts.to(dtype) - base.to(dtype)
+
+
+def add_update(
+    base: Float[Tensor, "*shape"], update: Float[Tensor, "*shape"], scale: float
+) -> Float[Tensor, "*shape"]:
+    """Base plus scaled update, cast once to the base's dtype; scale 0 gives the base's bits."""
+    return (base.to(update.dtype) + scale * update).to(base.dtype)

@@ -1,13 +1,21 @@
 """TIES-Merging: trim, elect sign, merge (Yadav et al., NeurIPS 2023, arXiv:2306.01708)."""
 
-from functools import partial
-from typing import Literal
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_merge.functional.selection import largest, num_kept
+
+Combine: TypeAlias = Literal["mean", "sum", "max"]
+ZeroSign: TypeAlias = Literal["majority", "positive", "none"]
+SumOrTies: TypeAlias = Literal["sum", "ties"]
+
+BLOCK = 1 << 15
+"""Entries merged at once, so that the few passes over them stay in the cache."""
 
 
 def trim_by(
@@ -48,6 +56,51 @@ def trim(
     return torch.stack(rows)
 
 
+def sign_consensus(
+    trimmed: Float[Tensor, "experts *shape"],
+    combine: Combine = "mean",
+    zero_sign: ZeroSign = "majority",
+    majority: Callable[[], float] | None = None,
+) -> Float[Tensor, "*shape"]:
+    """Elect signs and merge what has them: Sections 4.2 and 4.3.
+
+    Args:
+        trimmed: Trimmed task vectors of one parameter; zeros take no part.
+        combine: The mean of the entries with the elected sign, their sum, or the largest.
+        zero_sign: The sign where task vectors cancel exactly.
+        majority: Gives the sign of most entries, asked only where task vectors cancel; by default
+            that of this parameter.
+
+    Example:
+        >>> sign_consensus(torch.tensor([[2.0, 1.0, 0.0], [-1.0, 3.0, 0.0]]))
+        tensor([2., 2., 0.])
+    """
+    flat = trimmed.reshape(len(trimmed), -1)
+    majority = cache(majority or (lambda: majority_sign(flat)))
+    merged = torch.empty_like(flat[0])
+    for start in range(0, flat.shape[1], BLOCK):
+        block = flat[:, start : start + BLOCK]
+        signs = elect(block)
+        if zero_sign != "none":
+            cancelled = signs == 0
+            if bool(block.ne(0).any(dim=0).logical_and_(cancelled).any()):
+                signs[cancelled] = 1.0 if zero_sign == "positive" else majority()
+        merged[start : start + BLOCK] = disjoint_merge(block, signs, combine)
+    return merged.view(trimmed.shape[1:])
+
+
+def combined(
+    task_vectors: Float[Tensor, "experts *shape"], combine: SumOrTies
+) -> Float[Tensor, "*shape"]:
+    """Combine thinned-out task vectors: their sum, or the mean of those with the elected sign."""
+    return task_vectors.sum(dim=0) if combine == "sum" else sign_consensus(task_vectors)
+
+
+def majority_sign(trimmed: Float[Tensor, "experts *shape"]) -> float:
+    """Sign that most entries elect: -1, 1, or 0 if as many are positive as negative."""
+    return float(elect(trimmed).sum(dtype=torch.float64).sign())
+
+
 def elect(trimmed: Float[Tensor, "experts *shape"]) -> Float[Tensor, "*shape"]:
     r"""Elect the sign of every entry: that of the larger total magnitude (Section 4.2).
 
@@ -62,21 +115,21 @@ def elect(trimmed: Float[Tensor, "experts *shape"]) -> Float[Tensor, "*shape"]:
 def disjoint_merge(
     trimmed: Float[Tensor, "experts *shape"],
     signs: Float[Tensor, "*shape"],
-    merge: Literal["mean", "sum", "max"] = "mean",
+    combine: Combine = "mean",
 ) -> Float[Tensor, "*shape"]:
     """Merge in each entry the task vectors of the elected sign alone (Section 4.3).
 
     Args:
         trimmed: Trimmed task vectors; zeros take no part.
         signs: The elected signs; where the sign is 0 or no task vector has it, the result is 0.
-        merge: The mean of those with the sign, their sum, or the one of largest magnitude.
+        combine: The mean of those with the sign, their sum, or the one of largest magnitude.
     """
     agreeing = agreement(trimmed, signs)
     chosen = torch.where(agreeing, trimmed, 0.0)
-    if merge == "max":
+    if combine == "max":
         return chosen.abs().amax(dim=0) * signs
     total = chosen.sum(dim=0)
-    return total if merge == "sum" else total / agreeing.sum(dim=0).clamp_(min=1)
+    return total if combine == "sum" else total / agreeing.sum(dim=0).clamp_(min=1)
 
 
 def agreement(

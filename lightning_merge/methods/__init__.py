@@ -2,17 +2,34 @@
 
 from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import CalibratedMethod, Calibration, MergeMethod, WeightMethod
+from lightning_merge.methods.breadcrumbs import Breadcrumbs
+from lightning_merge.methods.consensus import Consensus
+from lightning_merge.methods.dare import DARE
+from lightning_merge.methods.della import DELLA
+from lightning_merge.methods.isotropic import IsoC, IsoCTS
+from lightning_merge.methods.model_stock import ModelStock
 from lightning_merge.methods.rules import Coefficient
+from lightning_merge.methods.slerp import Slerp
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
+from lightning_merge.methods.tsv import TSVMerge
 
 __all__ = [
+    "DARE",
+    "DELLA",
     "TIES",
     "Average",
+    "Breadcrumbs",
     "CalibratedMethod",
     "Calibration",
     "Coefficient",
+    "Consensus",
+    "IsoC",
+    "IsoCTS",
     "MergeMethod",
+    "ModelStock",
+    "Slerp",
+    "TSVMerge",
     "TaskArithmetic",
     "WeightMethod",
 ]

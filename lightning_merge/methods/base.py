@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,11 @@ class WeightMethod(MergeMethod):
         """Average of ``(T, *shape)`` for entries that the method does not merge."""
         return average(experts, torch.ones(len(experts), dtype=torch.float64))
 
+    def bound_to(self, function: Callable[[str, Tensor, Tensor], Tensor]) -> "WeightMethod":
+        """This method with another :meth:`merge_tensor`: one that knows the whole model."""
+        shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
+        return _Bound(**shared, function=function)
+
     def _merge_entry(self, name: str, value: Tensor, experts: Mapping[str, StateDict]) -> Tensor:
         value = value.detach()
         treatment = self.treatment(name, "floating" if value.is_floating_point() else "integer")
@@ -161,6 +166,17 @@ class WeightMethod(MergeMethod):
         if self.elementwise:
             return map_blocks(self.merge_tensor, name, value, experts, factors)
         return self.merge_tensor(name, value, stack_parameter(name, value, experts, factors))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Bound(WeightMethod):
+    """What :meth:`WeightMethod.bound_to` gives."""
+
+    function: Callable[[str, Tensor, Tensor], Tensor]
+
+    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        return self.function(name, base, experts)
 
 
 @dataclass(frozen=True, kw_only=True)

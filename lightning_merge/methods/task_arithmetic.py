@@ -1,6 +1,5 @@
 """Task arithmetic: the base plus the scaled sum of the task vectors."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from lightning_merge.functional.task_arithmetic import task_arithmetic
 from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.checks import check_scale
 
 
 @final
@@ -22,8 +22,7 @@ class TaskArithmetic(WeightMethod):
     """Coefficient λ shared by all task vectors; dimensionless, in [0, 1] in the paper."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number, found {self.scale}.")
+        check_scale(self.scale)
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""

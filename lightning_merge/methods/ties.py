@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal, final
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_merge.functional.selection import largest, num_kept
-from lightning_merge.functional.task_arithmetic import task_vectors_of
-from lightning_merge.functional.ties import disjoint_merge, elect, trim, trim_by
+from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
+from lightning_merge.functional.ties import Combine, ZeroSign, elect, sign_consensus, trim, trim_by
 from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.checks import check_density, check_scale
 from lightning_merge.states import StateDict, shape_of
 
 
@@ -31,19 +32,15 @@ class TIES(WeightMethod):
     scope: Literal["global", "tensor"] = "global"
     """Rank the entries of the whole model (the paper), or of each parameter on its own."""
 
-    combine: Literal["mean", "sum", "max"] = "mean"
+    combine: Combine = "mean"
     """What becomes of the entries with the elected sign: mean, sum, or largest magnitude."""
 
-    zero_sign: Literal["majority", "positive", "none"] = "majority"
+    zero_sign: ZeroSign = "majority"
     """Sign where the task vectors cancel: that of most entries of the scope, plus, or no entry."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(
-                f"density must lie in (0, 1], found {self.density}; it is a fraction, not percent."
-            )
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number, found {self.scale}.")
+        check_density(self.density)
+        check_scale(self.scale)
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
         """Find the cuts over the whole model, reading one parameter of one expert at a time."""
@@ -60,59 +57,34 @@ class TIES(WeightMethod):
 
         @cache
         def majority() -> float:
-            total = 0.0
-            for name in names:
-                task_vectors = self.task_vectors(name, base, experts)
-                total += float(elect(_trimmed(task_vectors, cuts[name])).sum(dtype=torch.float64))
-            return float(np.sign(total))
+            # a pass of its own, only if task vectors cancel somewhere: rare in real weights
+            signs = (
+                elect(_trimmed(self.task_vectors(name, base, experts), cuts[name]))
+                for name in names
+            )
+            return float(np.sign(sum(float(sign.sum(dtype=torch.float64)) for sign in signs)))
 
-        return _GlobalTIES(
-            **{field.name: getattr(self, field.name) for field in fields(WeightMethod)},
-            settings=self,
-            cuts=cuts,
-            majority=majority,
-        )
+        def merge_tensor(name: str, value: Tensor, stacked: Tensor) -> Tensor:
+            trimmed = _trimmed(task_vectors_of(value, stacked), cuts[name])
+            return self._add(value, trimmed, majority)
+
+        return self.bound_to(merge_tensor)
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, trimmed on its own: the scope ``tensor``."""
-        trimmed = trim(task_vectors_of(base, experts), self.density)
-        return self.combined(base, trimmed, lambda: float(elect(trimmed).sum().sign()))
+        return self._add(base, trim(task_vectors_of(base, experts), self.density))
 
-    def combined(self, base: Tensor, trimmed: Tensor, majority: Callable[[], float]) -> Tensor:
-        """Elect signs over the trimmed task vectors and add what has them to the base.
-
-        Args:
-            base: Pre-trained value, of any shape.
-            trimmed: Trimmed task vectors, of shape ``(T, *base.shape)``.
-            majority: Gives the sign of most entries; asked only where task vectors cancel.
-        """
-        signs = elect(trimmed)
-        if self.zero_sign != "none":
-            cancelled = (signs == 0) & (trimmed != 0).any(dim=0)
-            if bool(cancelled.any()):
-                signs[cancelled] = 1.0 if self.zero_sign == "positive" else majority()
-        update = disjoint_merge(trimmed, signs, self.combine)
-        return (base.to(update.dtype) + self.scale * update).to(base.dtype)
+    def _add(
+        self, base: Tensor, trimmed: Tensor, majority: Callable[[], float] | None = None
+    ) -> Tensor:
+        update = sign_consensus(trimmed, self.combine, self.zero_sign, majority)
+        return add_update(base, update, self.scale)
 
     def _chunks(
         self, names: list[str], base: StateDict, experts: Mapping[str, StateDict], task: str
     ) -> Iterator[Tensor]:
         for name in names:
             yield self.task_vectors(name, base, {task: experts[task]}).reshape(-1)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class _GlobalTIES(WeightMethod):
-    """TIES with the cuts of a whole model."""
-
-    settings: TIES
-    cuts: dict[str, list[tuple[float, int]]]
-    majority: Callable[[], float]
-
-    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
-        trimmed = _trimmed(task_vectors_of(base, experts), self.cuts[name])
-        return self.settings.combined(base, trimmed, self.majority)
 
 
 def _trimmed(task_vectors: Tensor, cuts: list[tuple[float, int]]) -> Tensor:

@@ -44,7 +44,7 @@ def flat_task_vectors(base, experts) -> np.ndarray:
 
 
 @st.composite
-def model_sets(draw, max_experts=4, integers=False):
+def model_sets(draw, min_experts=1, max_experts=4, integers=False):
     """A base and experts of odd shapes; with ``integers`` the task vectors have many ties."""
     shapes = draw(
         st.dictionaries(
@@ -54,7 +54,7 @@ def model_sets(draw, max_experts=4, integers=False):
             max_size=4,
         )
     )
-    num_experts = draw(st.integers(1, max_experts))
+    num_experts = draw(st.integers(min_experts, max_experts))
     seed = draw(st.integers(0, 10_000))
     base, experts = models(num_experts, seed, shapes)
     if integers:

@@ -1,0 +1,94 @@
+"""Iso-C and Iso-CTS: merging with a flat spectrum (Marczak et al., ICML 2025, 2502.04959)."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_merge.functional.parallel import map_on_cores
+from lightning_merge.functional.spectral import Factors, leading_triplets, polar_and_values
+from lightning_merge.functional.tsv import joined, merge_factors
+
+
+def iso_c(
+    task_vectors: Float[Tensor, "experts m n"], rank_tol: float = 1e-5
+) -> Float[Tensor, "m n"]:
+    r"""Sum the task vectors and give the sum a flat spectrum (Algorithm 1).
+
+    .. math:: \Delta = \bar\sigma\,UV^\top,\quad \sum_t\tau_t = U\,\mathrm{diag}(\sigma)\,V^\top
+
+    The mean and the product run over the numerical rank, so the nuclear norm is kept; the authors'
+    code takes all directions, arbitrary ones of a low-rank sum included.
+
+    Args:
+        task_vectors: Task vectors of one matrix. A zero sum gives zero.
+        rank_tol: Singular values up to this fraction of the largest count as zero; 0 keeps all.
+
+    Returns:
+        The merged update, in float64.
+    """
+    polar, values = polar_and_values(task_vectors.sum(dim=0, dtype=torch.float64), rank_tol)
+    return polar * values.mean() if len(values) else polar
+
+
+def iso_cts(
+    task_vectors: Float[Tensor, "experts m n"],
+    common_fraction: float,
+    *,
+    rank_tol: float = 1e-5,
+    rcond: float = 1e-6,
+) -> Float[Tensor, "m n"]:
+    """Iso-C with a part of the directions given to the single tasks (Algorithm 2).
+
+    The common directions are the leading ones of the sum; each task adds the leading ones of what
+    of its task vector lies outside the common left space. All are whitened as in TSV-Merge, and
+    get one singular value, the mean of theirs.
+
+    Args:
+        task_vectors: Task vectors of one matrix.
+        common_fraction: Share of the directions that are common, in [0, 1]; 1 is Iso-C.
+        rank_tol: As in :func:`iso_c`.
+        rcond: As in :func:`lightning_merge.functional.tsv.tsv_merge`.
+
+    Returns:
+        The merged update, in float64.
+    """
+    size = min(task_vectors.shape[1:])
+    own = task_rank(size, len(task_vectors), common_fraction)
+    if own == 0:
+        return iso_c(task_vectors, rank_tol)
+    shared_rank = size - own * len(task_vectors)
+    total = task_vectors.sum(dim=0, dtype=torch.float64)
+    common = leading_triplets(total, shared_rank, rank_tol)
+    parts = map_on_cores(
+        partial(_outside, common=common, rank=own, rank_tol=rank_tol),
+        task_vectors,
+        size=total.numel(),
+    )
+    everything = joined([*parts, common])
+    if not len(everything.values):
+        return torch.zeros_like(total)
+    flat = everything.values.mean().expand_as(everything.values)
+    return merge_factors([everything._replace(values=flat)], rcond=rcond)
+
+
+def task_rank(size: int, num_experts: int, common_fraction: float) -> int:
+    """Directions of each task's own: the rest divided by the tasks, so that all fit.
+
+    Example:
+        >>> task_rank(768, 8, 0.8), task_rank(50, 20, 0.8), task_rank(30, 20, 0.0)
+        (19, 0, 1)
+    """
+    rest = size - int(size * common_fraction)
+    return min(round(rest / num_experts), size // num_experts)
+
+
+def _outside(task_vector: Tensor, common: Factors, rank: int, rank_tol: float) -> Factors:
+    wide = task_vector.double()
+    rest = wide - common.left @ (common.left.t() @ wide)
+    # what is left of a task vector inside the common space is rounding, however large it looks
+    # beside a rest of zero
+    if float(rest.norm()) <= rank_tol * float(wide.norm()):
+        return Factors(rest[:, :0], rest.new_zeros(0), rest[:0])
+    return leading_triplets(rest, rank, rank_tol)

@@ -1,0 +1,108 @@
+"""TSV-Merge: task singular vectors (Gargiulo et al., CVPR 2025, arXiv:2412.00081)."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_merge.functional.parallel import map_on_cores
+from lightning_merge.functional.spectral import Factors, inverse_root, leading_triplets
+
+
+def tsv_merge(
+    task_vectors: Float[Tensor, "experts m n"],
+    rank: int,
+    *,
+    energy: float = 1.0,
+    rank_tol: float = 1e-5,
+    rcond: float = 1e-6,
+    shrinkage: float = 0.0,
+) -> Float[Tensor, "m n"]:
+    r"""Merge the leading singular directions of the task vectors, made mutually orthogonal.
+
+    .. math:: \Delta = U_\perp\,\mathrm{diag}(\hat s)\,V_\perp^\top,\quad
+        U_\perp = \hat U(\hat U^\top\hat U)^{-1/2}
+
+    with the truncated factors of all tasks side by side (Section 4.2). Null directions are left
+    out and the whitening looks at the rank, so that T copies of one task give its truncation; the
+    authors' code keeps both, and returns arbitrary directions there.
+
+    Args:
+        task_vectors: Task vectors of one matrix. A zero one contributes nothing; one expert that
+            keeps its full rank is returned as it is.
+        rank: Directions kept of each task; the paper's is ``min(m, n) // T``.
+        energy: Keep fewer where this share of a task vector's squared norm is reached before.
+        rank_tol: See :func:`lightning_merge.functional.spectral.leading_triplets`.
+        rcond: Directions of the joint factors below this fraction of the largest are one.
+        shrinkage: Added to the Gram matrices before whitening: softens near-duplicate tasks.
+
+    Returns:
+        The merged update, in float64.
+    """
+    if len(task_vectors) == 1 and rank >= min(task_vectors.shape[1:]) and energy >= 1:
+        return task_vectors[0].double()
+    factors = truncated_factors(task_vectors, rank, energy=energy, rank_tol=rank_tol)
+    return merge_factors(factors, rcond=rcond, shrinkage=shrinkage)
+
+
+def truncated_factors(
+    task_vectors: Float[Tensor, "experts m n"],
+    rank: int,
+    *,
+    energy: float = 1.0,
+    rank_tol: float = 1e-5,
+) -> list[Factors]:
+    """Leading triplets of each task vector, at most ``rank`` and as many as the energy needs."""
+    decompose = partial(leading_triplets, rank=rank, rank_tol=rank_tol)
+    factors = map_on_cores(decompose, task_vectors, size=task_vectors[0].numel())
+    if energy >= 1:
+        return factors
+    return [
+        one.truncated(energy_rank(one.values, float(row.double().square().sum()), energy))
+        for one, row in zip(factors, task_vectors, strict=True)
+    ]
+
+
+def energy_rank(values: Float[Tensor, " k"], total: float, energy: float) -> int:
+    """Smallest number of leading values with this share of the sum of all squares.
+
+    Example:
+        >>> energy_rank(torch.tensor([3.0, 1.0, 0.5]), total=10.25, energy=0.9)
+        2
+    """
+    reached = values.square().cumsum(0) >= energy * total
+    return int(reached.long().argmax()) + 1 if bool(reached.any()) else len(values)
+
+
+def merge_factors(
+    factors: Sequence[Factors], *, rcond: float = 1e-6, shrinkage: float = 0.0
+) -> Float[Tensor, "m n"]:
+    """Whiten the joint factors on both sides and multiply out; arguments as in tsv_merge."""
+    left, values, right = joined(factors)
+    if not len(values):
+        return left.new_zeros(left.shape[0], right.shape[1])
+    whiten = partial(inverse_root, rcond=rcond, shrinkage=shrinkage)
+    roots = map_on_cores(whiten, [left.t() @ left, right @ right.t()], size=len(values) ** 2)
+    # the middle is small: cheaper than whitening both factors
+    return left @ ((roots[0] * values) @ roots[1]) @ right
+
+
+def joined(factors: Sequence[Factors]) -> Factors:
+    """The factors of all tasks side by side, in their order."""
+    lefts, values, rights = zip(*factors, strict=True)
+    return Factors(torch.cat(lefts, 1), torch.cat(values), torch.cat(rights, 0))
+
+
+def singular_task_interference(factors: Sequence[Factors]) -> float:
+    r"""How much the tasks' singular directions overlap, weighted by their strength (Section 3.2).
+
+    .. math:: \|(\hat U^\top\hat U - I)\,\mathrm{diag}(\hat s)\,(\hat V^\top\hat V - I)\|_1
+
+    entry by entry; 0 where the tasks share no direction on one of the sides.
+    """
+    left, values, right = joined(factors)
+    eye = torch.eye(len(values), dtype=left.dtype, device=left.device)
+    overlap = (left.t() @ left - eye) * values @ (right @ right.t() - eye)
+    return float(overlap.abs().sum())

@@ -1,0 +1,61 @@
+"""Consensus: the entries of the summed task vectors that matter to several tasks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from lightning_merge.functional.tall import consensus
+from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
+from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.checks import check_scale
+from lightning_merge.states import StateDict
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Consensus(WeightMethod):
+    """Task arithmetic without the entries that matter to too few tasks (TALL masks)."""
+
+    elementwise: ClassVar[bool] = True
+
+    scale: float = 0.3
+    """Coefficient λ of what is kept of the summed task vectors."""
+
+    threshold: float = 0.4
+    """κ of every task's mask, at least 0: larger is sparser; the paper tunes it in 0.2 to 0.6."""
+
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """κ of single tasks, instead of ``threshold``."""
+
+    min_active: int = 2
+    """How many tasks must need an entry: 0 is task arithmetic, more than there are is the base."""
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        for kappa in (self.threshold, *self.thresholds.values()):
+            if not (kappa >= 0 and math.isfinite(kappa)):
+                raise ValueError(f"thresholds must be finite and at least 0, found {kappa}.")
+        if self.min_active < 0:
+            raise ValueError(f"min_active must be at least 0, found {self.min_active}.")
+
+    def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> "Consensus":
+        """Give every task a threshold, in the experts' order."""
+        unknown = [task for task in self.thresholds if task not in experts]
+        if unknown:
+            raise ValueError(
+                f"thresholds name unknown tasks: {', '.join(unknown)}; "
+                f"the experts are {', '.join(experts)}."
+            )
+        every = {task: self.thresholds.get(task, self.threshold) for task in experts}
+        return replace(self, thresholds=every)
+
+    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
+        task_vectors = task_vectors_of(base, experts)
+        values = list(self.thresholds.values()) or [self.threshold] * len(experts)
+        merged = consensus(task_vectors, task_vectors.sum(0), torch.tensor(values), self.min_active)
+        return add_update(base, merged, self.scale)

@@ -1,0 +1,93 @@
+"""IsoC and IsoCTS: the summed task vectors with a flat spectrum."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import final
+
+from torch import Tensor
+
+from lightning_merge.functional.isotropic import iso_c, iso_cts
+from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
+from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.checks import check_range, check_scale
+from lightning_merge.methods.matrices import Convolutions, check_split, merge_matrices
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class IsoC(WeightMethod):
+    """Gives the sum of the task vectors of every matrix one singular value; averages the rest."""
+
+    scale: float = 1.0
+    """Coefficient λ of the update; usually tuned, the paper's lie between 0.9 and 1.5."""
+
+    convolutions: Convolutions = "mean"
+    """Average convolution kernels (the paper), or merge them as matrices (out, in * kh * kw)."""
+
+    split: dict[str, int] = field(default_factory=dict)
+    """Parts of fused matrices by pattern of names, such as 3 for '*.qkv.weight'."""
+
+    rank_tol: float = 1e-5
+    """Singular values below this fraction of the largest count as zero; 0 keeps all (the paper)."""
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_split(self.split)
+        check_range("rank_tol", self.rank_tol, 0.0, 1.0)
+
+    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
+        update = merge_matrices(
+            task_vectors_of(base, experts),
+            partial(iso_c, rank_tol=self.rank_tol),
+            name=name,
+            convolutions=self.convolutions,
+            split=self.split,
+        )
+        return add_update(base, update, self.scale)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class IsoCTS(WeightMethod):
+    """IsoC with a part of the directions given to the single tasks."""
+
+    scale: float = 1.0
+    """Coefficient λ of the update; usually tuned, the paper's lie between 0.9 and 1.5."""
+
+    common_fraction: float = 0.8
+    """Share of the directions that are common to the tasks, in [0, 1]; 1 is IsoC."""
+
+    convolutions: Convolutions = "mean"
+    """Average convolution kernels (the paper), or merge them as matrices (out, in * kh * kw)."""
+
+    split: dict[str, int] = field(default_factory=dict)
+    """Parts of fused matrices by pattern of names, such as 3 for '*.qkv.weight'."""
+
+    rank_tol: float = 1e-5
+    """Singular values below this fraction of the largest count as zero."""
+
+    rcond: float = 1e-6
+    """Directions of the joint factors below this fraction of the largest count as duplicates."""
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_split(self.split)
+        for name in ("common_fraction", "rank_tol", "rcond"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
+
+    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
+        update = merge_matrices(
+            task_vectors_of(base, experts),
+            partial(
+                iso_cts,
+                common_fraction=self.common_fraction,
+                rank_tol=self.rank_tol,
+                rcond=self.rcond,
+            ),
+            name=name,
+            convolutions=self.convolutions,
+            split=self.split,
+        )
+        return add_update(base, update, self.scale)

@@ -1,0 +1,126 @@
+"""TSVMerge: the leading singular directions of all tasks, made orthogonal."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
+from lightning_merge.functional.tsv import tsv_merge
+from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.checks import check_range, check_scale
+from lightning_merge.methods.matrices import (
+    Convolutions,
+    check_split,
+    is_matrix,
+    merge_matrices,
+    parts_of,
+    warn_of_small,
+)
+from lightning_merge.states import StateDict, shape_of
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TSVMerge(WeightMethod):
+    """Merges task singular vectors: low-rank updates whose directions are made orthogonal."""
+
+    scale: float = 1.0
+    """Coefficient λ of the merged update; 1.0 needs no tuning, the paper tunes it in 0.1 to 3."""
+
+    rank: int | None = None
+    """Directions kept of each task and matrix, at most the paper's min(m, n) // T; null: that."""
+
+    rank_fraction: float | None = None
+    """Or as a fraction of min(m, n), at most 1 / T."""
+
+    energy: float = 1.0
+    """Keep fewer where this share of a task vector's squared norm is reached, in (0, 1]."""
+
+    convolutions: Convolutions = "mean"
+    """Average convolution kernels (the paper), or merge them as matrices (out, in * kh * kw)."""
+
+    split: dict[str, int] = field(default_factory=dict)
+    """Parts of fused matrices by pattern of names, such as 3 for '*.qkv.weight'."""
+
+    rank_tol: float = 1e-5
+    """Directions below this fraction of a task vector's largest singular value are noise."""
+
+    rcond: float = 1e-6
+    """Directions of the joint factors below this fraction of the largest count as duplicates."""
+
+    shrinkage: float = 0.0
+    """Softens the whitening of near-duplicate tasks; 0 is the paper's."""
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_split(self.split)
+        if self.rank is not None and self.rank_fraction is not None:
+            raise ValueError("give rank or rank_fraction, not both.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, found {self.rank}.")
+        for name in ("energy", "rank_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], found {value}.")
+        for name in ("rank_tol", "rcond"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
+        check_range("shrinkage", self.shrinkage, 0.0, math.inf)
+
+    def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
+        """Warn of a rank that does not fit and of matrices too small for it."""
+        if self.rank_fraction is not None and self.rank_fraction * len(experts) > 1 + 1e-9:
+            warnings.warn(
+                f"TSVMerge: rank_fraction {self.rank_fraction:g} times {len(experts)} experts is "
+                "more than the directions of a matrix; using 1 / T.",
+                stacklevel=3,
+            )
+        small = [
+            name
+            for name in self.method_names(base)
+            if is_matrix(shape_of(base, name), self.convolutions)
+            and self._smaller_side(name, shape_of(base, name)) < len(experts)
+        ]
+        warn_of_small(small, len(experts), "TSVMerge")
+        return self
+
+    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
+        update = merge_matrices(
+            task_vectors_of(base, experts),
+            self._merge_matrix,
+            name=name,
+            convolutions=self.convolutions,
+            split=self.split,
+        )
+        return add_update(base, update, self.scale)
+
+    def _merge_matrix(self, task_vectors: Tensor) -> Tensor:
+        rank = self.rank_of(min(task_vectors.shape[1:]), len(task_vectors))
+        if rank == 0:
+            return task_vectors.mean(dim=0, dtype=torch.float64)
+        return tsv_merge(
+            task_vectors,
+            rank,
+            energy=self.energy,
+            rank_tol=self.rank_tol,
+            rcond=self.rcond,
+            shrinkage=self.shrinkage,
+        )
+
+    def rank_of(self, size: int, num_experts: int) -> int:
+        """Directions kept of each task in a matrix whose smaller side is ``size``."""
+        # integers throughout: int(49 * (1 / 49)) is 0
+        most = size // num_experts
+        if self.rank is not None:
+            return min(self.rank, most)
+        if self.rank_fraction is not None:
+            return min(max(1, int(size * self.rank_fraction)), most)
+        return most
+
+    def _smaller_side(self, name: str, shape: tuple[int, ...]) -> int:
+        return min(shape[0] // parts_of(name, self.split), math.prod(shape[1:]))

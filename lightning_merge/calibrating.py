@@ -54,10 +54,12 @@ def correction_statistics(
         for rows in runtime.progress(mine, len(mine), description):
             batch = runtime.to_device(inputs[rows])
             with runtime.precision():
-                features = [representation(network, head, batch) for network in (merged, expert)]
+                ours = representation(merged, head, batch)
+                theirs = representation(expert, head, batch)
+            # All tokens of a sample go to the same fold.
             indices = torch.arange(rows.start, rows.stop)
-            tokens = len(features[0]) // len(indices)
-            statistics.update(*features, indices=indices.repeat_interleave(tokens))
+            indices = indices.repeat_interleave(len(ours) // len(indices))
+            statistics.update(ours, theirs, indices=indices)
     return statistics.all_reduced(runtime.reduce)
 
 

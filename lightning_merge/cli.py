@@ -1,11 +1,12 @@
 """The command line: Lightning's own, with ``merge``, ``sweep`` and ``export`` beside ``fit``."""
 
+import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -28,12 +29,11 @@ class SuiteConfig(ActionConfigFile):
     reads the common groups and its own section.
     """
 
+    command: str
+
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         """Apply one file."""
-        command = getattr(parser, "subcommand_name", None)
-        if command is not None and isinstance(values, str):
-            values = restricted(values, command)
-        super().__call__(parser, cfg, values, option_string)
+        super().__call__(parser, cfg, restricted(values, self.command), option_string)
 
 
 def restricted(source: str, command: str) -> str:
@@ -75,14 +75,6 @@ class MergeCLI(LightningCLI):
         """Subcommands and the arguments of theirs that the command line fills by itself."""
         return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in OWN}
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser whose config files may have sections."""
-        parser = super().init_parser(**kwargs)
-        for action in parser._actions:
-            if isinstance(action, ActionConfigFile):
-                action.__class__ = SuiteConfig
-        return parser
-
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; the stages of merging need neither of the latter."""
         if self._building not in OWN:
@@ -105,7 +97,10 @@ class MergeCLI(LightningCLI):
             self._subcommand_method_arguments[subcommand] = parser.add_method_arguments(
                 klass, subcommand, skip=set(self.subcommands()[subcommand]), sub_configs=True
             )
-        parser.subcommand_name = subcommand
+        for action in parser._actions:
+            if isinstance(action, ActionConfigFile):
+                action.__class__ = SuiteConfig
+                cast("SuiteConfig", action).command = subcommand
         return parser
 
     def _add_instantiators(self) -> None:
@@ -126,8 +121,6 @@ class MergeCLI(LightningCLI):
 
 
 def _knows_its_network(config: Any) -> bool:
-    import json
-
     for folder, name in ((config.get("merged"), "merged.json"), (config.get("pool"), "pool.json")):
         if folder and (Path(folder) / name).is_file():
             try:
@@ -138,7 +131,7 @@ def _knows_its_network(config: Any) -> bool:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command line; a mistake of the user's ends in one line, not in a traceback."""
+    """Run the command line; a mistake in a stage of merging ends in one line, not a traceback."""
     try:
         MergeCLI(
             trainer_class=MergeTrainer,
@@ -147,6 +140,9 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except (ValueError, OSError, KeyError) as error:
+        words = sys.argv[1:] if args is None else list(args)
+        if not set(OWN) & set(words):
+            raise  # a fit runs the user's code: its traceback matters
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"lightning-merge: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(1)

@@ -1,6 +1,6 @@
 """Counting correct answers: of one network, or of all preferences in one pass."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def sweep_task(
         batches: The task's test set; each process its share.
         runtime: This process's place among others.
         max_logits: Numbers held at a time.
-        keep: Return the representation of this many samples, from the front.
+        keep: Return the representation of about this many samples, spread over the test set.
 
     Raises:
         ValueError: If the test set is empty, or the network mixes samples after its head.
@@ -96,7 +96,7 @@ def sweep_task(
     counts = torch.zeros(size + 1, dtype=torch.int64, device=runtime.device)
     rows = max(1, max_logits // (size * stacked.width))
     checked = False
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept = _EvenSample(keep)
     with torch.inference_mode():
         for inputs, labels in _shown(batches, runtime, f"Sweeping {task}"):
             for part, truth in _parts(inputs, labels, rows):
@@ -108,19 +108,10 @@ def sweep_task(
                     checked = True
                 counts[:-1] += count_correct(logits, truth)
                 counts[-1] += len(truth)
-                if keep > sum(len(seen) for _, seen in kept):
-                    kept.append((stacked.linear.seen.cpu(), truth.cpu()))
+                kept.add(stacked.linear.seen, truth)
     counts = runtime.reduce(counts).cpu()
     samples = _not_empty(int(counts[-1]), task)
-    features, labels = (
-        (torch.cat(part)[:keep] for part in zip(*kept, strict=True))
-        if kept
-        else (
-            torch.empty(0),
-            torch.empty(0),
-        )
-    )
-    return Scores(counts[:-2], int(counts[-2]), samples, features, labels)
+    return Scores(counts[:-2], int(counts[-2]), samples, *kept.tensors())
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -200,6 +191,30 @@ class _StackedLinear(nn.Module):
         return torch.cat(answers.chunk(self.copies, dim=-1))
 
 
+class _EvenSample:
+    """Between ``size`` and twice as many rows, evenly spread over a stream of unknown length."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._stride = 1
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        if not self._size:
+            return
+        step = self._stride
+        self._parts.append((features[::step].cpu().clone(), labels[::step].cpu().clone()))
+        while sum(len(rows) for _, rows in self._parts) > 2 * self._size:
+            self._parts = [(z[::2].clone(), rows[::2].clone()) for z, rows in self._parts]
+            self._stride *= 2
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        if not self._parts:
+            return torch.empty(0), torch.empty(0)
+        features, labels = zip(*self._parts, strict=True)
+        return torch.cat(features), torch.cat(labels)
+
+
 def _check_unmixed(
     model: MergedModel, head: nn.Module, inputs: Any, found: Tensor, runtime: Runtime
 ) -> None:
@@ -231,7 +246,7 @@ def _parts(inputs: Any, labels: Tensor, rows: int) -> Iterator[tuple[Any, Tensor
 
 
 def _shown(batches: Loader, runtime: Runtime, description: str) -> Iterator[tuple[Any, Tensor]]:
-    total = len(batches) if hasattr(batches, "__len__") else 0
+    total = len(batches) if isinstance(batches, Sized) else 0
     for batch in runtime.progress(batches, total, description):
         inputs, labels = runtime.to_device(batch)
         yield inputs, labels

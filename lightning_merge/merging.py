@@ -42,9 +42,17 @@ BatchNorm: TypeAlias = Literal["auto", "reestimate", "average"]
 class Experts(Protocol):
     """What a merge reads; an :class:`~lightning_merge.ExpertPool` is one."""
 
-    head: str
-    model: dict[str, Any] | None
-    fingerprint: str
+    @property
+    def head(self) -> str:
+        """Dotted path of the head."""
+
+    @property
+    def model(self) -> dict[str, Any] | None:
+        """How to build the network."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the base's backbone."""
 
     @property
     def base(self) -> StateDict:

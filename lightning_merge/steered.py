@@ -86,7 +86,8 @@ class _HeadSwitch(nn.Module):
         self.heads = nn.ModuleList(heads.values())
         self.active = 0
         self.keep = False
-        self.forget()
+        self.output: Any = None
+        self._args: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.heads[self.active](*args, **kwargs)
@@ -106,5 +107,5 @@ class _HeadSwitch(nn.Module):
 
     def forget(self) -> None:
         """Let go of what was kept."""
-        self.output: Any = None
-        self._args: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.output = None
+        self._args = ((), {})

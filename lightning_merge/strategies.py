@@ -1,7 +1,7 @@
 """A :class:`~lightning_merge.runtime.Runtime` from a Trainer, so that any strategy serves."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -61,7 +61,7 @@ def _progress(
     trainer: Trainer, items: Iterable[Any], total: int, description: str
 ) -> Iterator[Any]:
     bar = trainer.progress_bar_callback
-    if bar is None or bar.is_disabled or not trainer.is_global_zero:
+    if bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero:
         yield from items
         return
     if not isinstance(bar, RichProgressBar):
@@ -101,7 +101,9 @@ def sharded(loader: Iterable[Any], runtime: Runtime) -> Iterable[Any]:
     """This process's share of a loader's batches, in the dataset's order, each sample once."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader if runtime.world_size == 1 else runtime.share(loader)
-    order = BatchSampler(SequentialSampler(loader.dataset), loader.batch_size or 1, drop_last=False)
+    order = BatchSampler(
+        SequentialSampler(cast("Sized", loader.dataset)), loader.batch_size or 1, drop_last=False
+    )
     return DataLoader(
         loader.dataset,
         batch_sampler=ShardedBatchSampler(list(order), runtime),

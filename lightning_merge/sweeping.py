@@ -135,7 +135,6 @@ def sweep_model(
             name: importlib.metadata.version(name)
             for name in ("lightning-merge", "lightning", "torch", "timm")
         },
-        diagnostics=model.correction.report(),
     )
     return result, scores
 

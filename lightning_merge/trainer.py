@@ -219,7 +219,19 @@ def _network(model: LightningModule | None) -> nn.Module | None:
 
 
 def _live(model: MergedModel, scores: Mapping[str, Scores]) -> LiveModel | None:
-    raise AssertionError
+    """What makes the report's sliders exact; ``None`` where a page cannot solve the correction."""
+    normal = model.correction.normal_equations()
+    simple = all(isinstance(head, nn.Linear) for head in model.heads.values())
+    if normal is None or not simple:
+        return None
+    samples = {task: (found.features, found.labels) for task, found in scores.items()}
+    return build_live(
+        model.linear_heads(),
+        normal,
+        samples,
+        samples_per_task=LIVE_SAMPLES,
+        available={task: found.samples for task, found in scores.items()},
+    )
 
 
 def _example(model: MergedModel, task: str | None) -> Any:

@@ -82,7 +82,7 @@ def _accepted(network: nn.Module, batch: Mapping[str, Any]) -> list[str]:
 
 def _loaders(trainer: Trainer, task: str, source: str) -> list[Iterable[Any]]:
     if source == "calibration":
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_dataset"):
             return []
         return [DataLoader(datamodule.calibration_dataset(task), batch_size=128)]

@@ -96,7 +96,7 @@ class MergeCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if _is_dry(trainer):
             return
         task, head = self._task(trainer), self._head(pl_module)
         if self.weights == "best" and _monitoring(trainer) is None:
@@ -119,7 +119,7 @@ class MergeCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if _is_dry(trainer):
             return
         task = self._task(trainer)
         on_first(trainer, lambda: self._record(trainer, pl_module, task))
@@ -200,6 +200,10 @@ class MergeCallback(Callback):
 
     def _template(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         return plain_copy(self._network(pl_module), without=trainer)
+
+
+def _is_dry(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _monitoring(trainer: Trainer) -> ModelCheckpoint | None:

@@ -135,6 +135,21 @@ class ClosedFormCorrection:
         maps = torch.cat([self._maps(chunk) for chunk in P.split(self._chunk(P))])
         return self._as_linear_map(maps, task)
 
+    def normal_equations(self) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """Both sides of every task's equation, scaled: W_p = (Σ p_t N_t)(Σ p_t C_t)^{-1}.
+
+        Returns:
+            N_t (k, d) and C_t (d, d) by task, in float64; None where no such form exists: with a
+            bias, or in a limit of the ridge.
+        """
+        fits = [self._fit(task) for task in self.tasks]
+        if self.bias != "none" or needs_limit(fits):
+            return None
+        return {
+            fit.task: (self._scale(fit.task) * fit.target, self._scale(fit.task) * fit.curvature)
+            for fit in fits
+        }
+
     def fold(
         self, preference: Preference, task: str, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:

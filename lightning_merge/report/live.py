@@ -90,6 +90,7 @@ def build_live(
     samples: Mapping[str, tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]],
     *,
     samples_per_task: int | None = SAMPLES_PER_TASK,
+    available: Mapping[str, int] | None = None,
 ) -> LiveModel:
     """Gather what the page needs; at most ``samples_per_task`` evenly spread samples each.
 
@@ -102,6 +103,7 @@ def build_live(
             ``W_p = (Σ p_t N_t)(Σ p_t C_t)^{-1}`` for a preference ``p``.
         samples: Merged features (uncorrected) of each task's test set, with labels.
         samples_per_task: How many to embed; ``None`` for all.
+        available: Test samples each task has in all, where ``samples`` are some of them.
 
     Raises:
         ValueError: If tasks or shapes do not fit together, naming them.
@@ -132,7 +134,7 @@ def build_live(
         classes=tuple(len(heads[task][0]) for task in tasks),
         features=tuple(features.float() for features, _ in picked),
         labels=tuple(labels.int() for _, labels in picked),
-        available=tuple(len(samples[task][1]) for task in tasks),
+        available=tuple((available or {}).get(task, len(samples[task][1])) for task in tasks),
     )
 
 

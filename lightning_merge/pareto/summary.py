@@ -110,7 +110,7 @@ def sweep_warnings(result: "SweepResult") -> list[str]:
                 if bool(worse[i])
             ]
             if hurt:
-                sentences.append(f"Below {name} {when}: {', '.join(hurt)}.")
+                sentences.append(f"Worse than {name} {when}: {', '.join(hurt)}.")
     zeros = [
         task for i, task in enumerate(result.tasks) if float(result.references["experts"][i]) == 0
     ]

@@ -209,11 +209,10 @@ class SweepResult:
 
     def _diagonal(self, kind: str) -> Tensor | None:
         """Each task's metric under its own preference of a kind; None unless all are there."""
-        own = {
-            task: row
-            for row, (found, task) in enumerate(zip(self.kinds, self.favoured, strict=True))
-            if found == kind
-        }
+        own: dict[str | None, int] = {}
+        for row, (found, task) in enumerate(zip(self.kinds, self.favoured, strict=True)):
+            if found == kind:
+                own.setdefault(task, row)  # of several, the one that stands first
         if not all(task in own for task in self.tasks):
             return None
         return torch.stack([self.raw[own[task], i] for i, task in enumerate(self.tasks)])

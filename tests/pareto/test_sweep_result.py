@@ -178,7 +178,9 @@ def test_warnings_name_a_merge_that_loses_to_the_base():
         "The uncorrected merge loses to the base: mean accuracy 0.580 against 0.700."
     )
     assert "The corrected merge at equal preference loses to the base" in sentences[1]
-    assert any(s.startswith("Below the base at equal preference: cars (0.667") for s in sentences)
+    assert any(
+        s.startswith("Worse than the base at equal preference: cars (0.667") for s in sentences
+    )
     assert not any("one-hot" in sentence for sentence in sentences)
 
 
@@ -186,9 +188,9 @@ def test_warnings_name_the_tasks_that_the_correction_hurts():
     hurt = REFERENCES | {"uncorrected": torch.tensor([0.85, 0.5, 0.64])}
     sentences = make_sweep(references=hurt).warnings()
     assert sentences == [
-        "Below the uncorrected merge at equal preference: cars (0.667 against 0.850).",
-        "Below the uncorrected merge even under its own one-hot preference: cars (0.800 against "
-        "0.850).",
+        "Worse than the uncorrected merge at equal preference: cars (0.667 against 0.850).",
+        "Worse than the uncorrected merge even under its own one-hot preference: cars (0.800 "
+        "against 0.850).",
     ]
 
 

@@ -7,8 +7,14 @@ from typing import Any, cast
 
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from typing_extensions import override
 
 # Imported so that their short names resolve, as in --method TIES or --data TaskSuite.
 import lightning_merge.callbacks
@@ -67,13 +73,35 @@ def _joined(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves the resolved config beside the logs, where there are any."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
 class MergeCLI(LightningCLI):
     """Lightning's command line with the stages of merging."""
+
+    def __init__(self, *, args: ArgsType = None, **kwargs: Any) -> None:
+        self._args = args
+        super().__init__(args=args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Subcommands and the arguments of theirs that the command line fills by itself."""
         return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in OWN}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # A parser takes half a second to build: make only the one that the first word names.
+        words = sys.argv[1:] if self._args is None else self._args
+        first = words[0] if isinstance(words, list) and words else None
+        known = self.subcommands()
+        if first in known:
+            self.subcommands = lambda: {first: known[first]}  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; the stages of merging need neither of the latter."""
@@ -135,6 +163,7 @@ def main(args: ArgsType = None) -> None:
     try:
         MergeCLI(
             trainer_class=MergeTrainer,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"default_env": True},
             args=args,

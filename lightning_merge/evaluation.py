@@ -89,7 +89,7 @@ def sweep_task(
     """
     network = plain_copy(model.network)
     original = plain_copy(model.heads[task])
-    stacked = _StackedHead(original, model, task, preferences)
+    stacked = _StackedHead(plain_copy(original), model, task, preferences)
     set_submodule(network, model.head, stacked)
     network.eval().to(runtime.device)
     size = len(preferences) + 1  # the last one is the uncorrected head

@@ -1,7 +1,6 @@
 import json
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features

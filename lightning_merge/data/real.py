@@ -85,7 +85,7 @@ def mnist(seed: int) -> dict[str, Split]:
     return share_out(pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64), seed)
 
 
-def textures(seed: int, crops: int = 300) -> dict[str, Split]:
+def textures(seed: int, crops: int = 1000) -> dict[str, Split]:
     """Grey 32x32 crops of photographs and micrographs; the label is the picture.
 
     A picture is cut into blocks of 48x48 pixels, each of one split, and crops never leave their

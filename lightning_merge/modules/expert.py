@@ -1,6 +1,8 @@
 """The LightningModule that fine-tunes one expert."""
 
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +125,8 @@ class ExpertModule(LightningModule):
                 "data module have a 'num_classes'. Give --model.num_classes."
             )
         if known is None and found is not None:
-            self._build_head(int(found))
+            with _rng_of(getattr(data, "task", None)):
+                self._build_head(int(found))
 
     def _build_head(self, num_classes: int) -> None:
         if self._model is None:
@@ -213,6 +216,22 @@ def _check_source(
         )
     if pretrained and base_checkpoint is not None:
         raise ValueError("give either 'pretrained' or 'base_checkpoint' as the base, found both.")
+
+
+@contextmanager
+def _rng_of(task: object) -> Iterator[None]:
+    """Draw from the global seed and the task's name; without a name, from the global stream.
+
+    Experts are fine-tuned with one ``seed_everything``. If that gave them one and the same first
+    head, class k of every task would pull the features in one direction, and merging would suffer
+    from the seed rather than from the tasks.
+    """
+    if not isinstance(task, str):
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((torch.initial_seed() + zlib.crc32(task.encode())) % 2**63)
+        yield
 
 
 def _record(module: ExpertModule) -> dict[str, Any] | None:

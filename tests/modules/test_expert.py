@@ -97,6 +97,17 @@ def test_the_head_is_built_once_and_only_it_depends_on_the_task(tmp_path):
         assert torch.equal(module.network.state_dict()[name], tensor)
 
 
+def test_heads_of_two_tasks_differ_under_one_seed_and_repeat(tmp_path):
+    def head(task):
+        seed_everything(0, verbose=False)
+        module = tiny()
+        trainer(tmp_path, max_epochs=0).fit(module, suite(task))
+        return module.network.head.fc.weight
+
+    assert torch.equal(head("greek"), head("greek"))
+    assert not torch.equal(head("greek"), head("math"))
+
+
 def test_resuming_restores_the_head_and_goes_on_where_it_stopped(tmp_path):
     def fit(epochs, resume=None):
         seed_everything(0, verbose=False)

@@ -130,6 +130,7 @@ def sweep_model(
         raw=torch.stack([scores[task].accuracy for task in tasks], dim=1),
         references={name: torch.tensor(row, dtype=torch.float64) for name, row in rows.items()},
         method=_method_name(model),
+        diagnostics=model.correction.report(),
         timings={**model.record.get("timings", {}), **timings},
         versions={
             name: importlib.metadata.version(name)

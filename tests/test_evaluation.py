@@ -24,9 +24,6 @@ def labelled(shape):
     }
 
 
-test_sets.__test__ = False
-
-
 @pytest.fixture(params=KINDS)
 def setting(request):
     base, head, shape = make(request.param)

@@ -1,22 +1,31 @@
 """The closed-form correction: statistics and a preference in, one linear map out."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_merge.correction.choice import DEFAULT_BETA, BetaMode, Choice
-from lightning_merge.correction.fit import Bias, TaskFit
+from lightning_merge.correction.checks import (
+    check_heads,
+    check_option,
+    check_statistics,
+    check_widths,
+)
+from lightning_merge.correction.choice import BetaMode, Choice
+from lightning_merge.correction.fit import Bias
+from lightning_merge.correction.fitted import FitOptions, FittedTasks, Head, Prior, TaskScale
+from lightning_merge.correction.front import EdgeFront
+from lightning_merge.correction.head_maps import HeadMetric
 from lightning_merge.correction.linear_map import LinearMap
-from lightning_merge.correction.mixture import limit_map, mixed_maps, needs_limit
+from lightning_merge.correction.mixture import needs_limit
+from lightning_merge.correction.report import task_reports
+from lightning_merge.correction.search import BetaSearch
+from lightning_merge.correction.solver import Aggregation, MixtureSolver, Scalarization
 from lightning_merge.correction.statistics import CorrectionStatistics
 from lightning_merge.functional.preference import Preference, as_preference, as_preferences
 
-TaskScale = Literal["none", "per_sample", "per_energy", "per_gap"]
-Prior = Literal["auto", "procrustes", "scaled", "identity", "svd"]
-Head = tuple[Tensor, Tensor | None]
+Metric = Literal["representation", "head"]
 
 
 class ClosedFormCorrection:
@@ -28,24 +37,34 @@ class ClosedFormCorrection:
 
     as in "From Parameter to Representation" (ReACT, arXiv 2511.10943), where the scale is
     :math:`s_t = 1`, the ridge absolute and the prior a plain Procrustes solution
-    (:meth:`paper`). Nothing is solved before it is asked for.
+    (:meth:`paper`). With ``metric="head"`` the error is measured behind each task's head. Nothing
+    is solved before it is asked for.
 
     Args:
         statistics: Statistics of each task, all from one merged backbone. The order is the order
             of preferences given as tensors.
-        beta: Ridge in the units of ``beta_mode``, one for all tasks or one a task. 0 and infinity
-            are limits.
+        beta: Ridge in the units of ``beta_mode``, one for all tasks or one a task; 0 and infinity
+            are limits. ``"auto"`` finds one a task by exact cross-validation from the statistics.
         beta_mode: ``"relative"`` to the mean feature energy tr(G)/d; ``"per_sample"``;
             ``"absolute"`` on raw sums (the paper).
         prior: What the map is shrunk to: ``"procrustes"`` with the identity-anchored completion,
-            ``"scaled"`` times its best factor, ``"identity"``, ``"svd"`` (the paper), or a matrix
-            (k, d).
+            ``"scaled"`` times its best factor, ``"identity"``, ``"svd"`` (the paper), a matrix
+            (k, d), or ``"auto"``, the best of these and several anchors by cross-validation.
         anchor: Pull of the Procrustes prior to the identity, in units of tr(G)/d.
         task_scale: What equal preference means: ``"none"`` (the paper: sums of squares count),
             ``"per_sample"`` (mean squared errors), ``"per_energy"`` (relative errors) or
             ``"per_gap"`` (fractions of what can be recovered).
         bias: ``"none"`` (the paper), ``"shared"``, or ``"per_task"`` (one weight, each task its
             own bias, absorbed by its head).
+        metric: ``"representation"`` (the paper) or ``"head"``, which needs ``heads``.
+        heads: Weight (K, k) and bias (K,) or None of each task's linear head.
+        scalarization: ``"linear"`` (the paper), or ``"chebyshev"``: :math:`p_t` times the loss,
+            as a fraction of its range, is equal over the tasks.
+        aggregation: ``"data_aware"`` is the minimiser; ``"average"`` and ``"polar"`` are the
+            ablations that mix the tasks' own maps blindly.
+        search: How ``"auto"`` is found.
+        head: How the head metric measures and solves.
+        choices: What :meth:`choices` once returned; those tasks are not searched again.
         proper: Only rotations, no reflections.
         refine: Refine the prior for k < d.
         strict: See :func:`~lightning_merge.functional.preference.as_preference`.
@@ -59,31 +78,51 @@ class ClosedFormCorrection:
         self,
         statistics: Mapping[str, CorrectionStatistics],
         *,
-        beta: float | Mapping[str, float] = DEFAULT_BETA,
+        beta: float | int | Literal["auto"] | Mapping[str, float] = "auto",
         beta_mode: BetaMode = "relative",
-        prior: Prior | Tensor = "procrustes",
-        anchor: float = 0.0,
+        prior: Prior | Tensor = "auto",
+        anchor: float | int = 0.0,
         task_scale: TaskScale = "per_energy",
         bias: Bias = "none",
+        metric: Metric = "representation",
+        heads: Mapping[str, Head] | None = None,
+        scalarization: Scalarization = "linear",
+        aggregation: Aggregation = "data_aware",
+        search: BetaSearch = BetaSearch(),  # noqa: B008 (frozen)
+        head: HeadMetric = HeadMetric(),  # noqa: B008 (frozen)
+        choices: Mapping[str, Mapping[str, Any]] | None = None,
         proper: bool = False,
         refine: bool = True,
         strict: bool | Literal["error"] = False,
         memory_cap: int = 256 * 2**20,
     ) -> None:
-        _check_option("beta_mode", beta_mode, get_args(BetaMode))
-        _check_option("task_scale", task_scale, get_args(TaskScale))
-        _check_option("bias", bias, get_args(Bias))
-        _check_statistics(statistics)
-        self.statistics = dict(statistics)
-        self.beta, self.beta_mode = beta, beta_mode
-        self.prior, self.anchor = prior, anchor
-        self.task_scale, self.bias = task_scale, bias
-        self.proper, self.refine, self.strict = proper, refine, strict
-        self.memory_cap = memory_cap
-        self._fits: dict[str, TaskFit] = {}
-        self._scales: dict[str, float] = {}
-        for task in self.statistics:
-            self._fixed_choice(task)
+        check_option("beta_mode", beta_mode, get_args(BetaMode))
+        check_option("task_scale", task_scale, get_args(TaskScale))
+        check_option("bias", bias, get_args(Bias))
+        check_option("metric", metric, get_args(Metric))
+        check_option("scalarization", scalarization, get_args(Scalarization))
+        check_option("aggregation", aggregation, get_args(Aggregation))
+        check_statistics(statistics)
+        _check_beta(beta, list(statistics))
+        Choice(anchor=float(anchor))
+        used = _checked_metric(metric, heads, statistics, aggregation, bias)
+        self.metric, self.scalarization, self.aggregation = metric, scalarization, aggregation
+        self.strict, self.memory_cap = strict, memory_cap
+        self.options = FitOptions(
+            beta=float(beta) if isinstance(beta, int) else beta,
+            beta_mode=beta_mode,
+            prior=prior,
+            anchor=float(anchor),
+            task_scale=task_scale,
+            bias=bias,
+            proper=proper,
+            refine=refine,
+            search=search,
+            head=head,
+        )
+        known = {t: Choice.from_dict(c) for t, c in (choices or {}).items() if t in statistics}
+        self.fitted = FittedTasks(dict(statistics), self.options, used, known)
+        self.solver = MixtureSolver(self.fitted, scalarization, aggregation)
 
     @classmethod
     def paper(cls, statistics: Mapping[str, CorrectionStatistics]) -> "ClosedFormCorrection":
@@ -98,9 +137,86 @@ class ClosedFormCorrection:
         )
 
     @property
+    def statistics(self) -> Mapping[str, CorrectionStatistics]:
+        """The statistics of each task."""
+        return self.fitted.statistics
+
+    @property
+    def bias(self) -> Bias:
+        """Which biases the maps have."""
+        return self.options.bias
+
+    @property
     def tasks(self) -> list[str]:
         """Names of the tasks, in the order of preferences given as tensors."""
         return list(self.statistics)
+
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """Prior and ridge of every task with samples, found now if need be, as JSON-able data."""
+        return {
+            task: self.fitted.choice(task).as_dict()
+            for task, statistics in self.statistics.items()
+            if statistics.count
+        }
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """What was chosen and how well it fits, by task, as JSON-able data.
+
+        Samples, prior, anchor, ridge, share of influence at equal preference, rank and conditioning
+        of the features, the :math:`R^2` of the task's own and of the equal map, the held-out error
+        and gain of a search, and the distortion table: the held-out part of the difference between
+        expert and merged features that a bias, a rotation, a scaled rotation and the full linear
+        map remove. Tasks without samples are left out.
+        """
+        return task_reports(self)
+
+    def with_task(
+        self, task: str, statistics: CorrectionStatistics, head: Head | None = None
+    ) -> "ClosedFormCorrection":
+        """The correction with one more task, or new statistics for a known one.
+
+        Args:
+            task: Its name.
+            statistics: From the same merged backbone.
+            head: Its head, in the head metric.
+        """
+        heads = self.fitted.heads
+        if heads is not None:
+            if head is None and task not in heads:
+                raise ValueError(f"task '{task}': metric='head' needs its head too.")
+            heads = {**heads, task: heads[task] if head is None else head}
+        return self._with({**self.statistics, task: statistics}, heads)
+
+    def without_task(self, task: str) -> "ClosedFormCorrection":
+        """The correction without one of its tasks.
+
+        Raises:
+            KeyError: If the task is unknown.
+            ValueError: If it is the only one.
+        """
+        if task not in self.statistics:
+            raise KeyError(f"unknown task '{task}'; known: {self.tasks}.")
+        heads = self.fitted.heads
+        left = {t: s for t, s in self.statistics.items() if t != task}
+        return self._with(
+            left, None if heads is None else {t: h for t, h in heads.items() if t != task}
+        )
+
+    def _with(
+        self, statistics: Mapping[str, CorrectionStatistics], heads: Mapping[str, Head] | None
+    ) -> "ClosedFormCorrection":
+        options = self.options
+        if isinstance(options.beta, Mapping):
+            # A new task has no ridge of its own: then one must be found by the caller.
+            _check_beta(options.beta, list(statistics), subset=True)
+        check_statistics(statistics)
+        if heads is not None:
+            check_heads(heads, statistics)
+        copy = object.__new__(ClosedFormCorrection)
+        copy.__dict__.update(self.__dict__)
+        copy.fitted = self.fitted.with_statistics(statistics, heads)
+        copy.solver = MixtureSolver(copy.fitted, self.scalarization, self.aggregation)
+        return copy
 
     def solve(self, preference: Preference, task: str | None = None) -> LinearMap:
         """The map for one preference.
@@ -132,22 +248,35 @@ class ClosedFormCorrection:
             task: Whose bias, for ``bias="per_task"``.
         """
         P = as_preferences(preferences, self.tasks, strict=self.strict)
-        maps = torch.cat([self._maps(chunk) for chunk in P.split(self._chunk(P))])
-        return self._as_linear_map(maps, task)
+        maps = torch.cat([self.solver.maps(chunk) for chunk in P.split(self._chunk(len(P)))])
+        if task is not None and task not in self.statistics:
+            raise KeyError(f"unknown task '{task}'; known: {self.tasks}.")
+        if self.bias == "none":
+            return LinearMap(maps)
+        if self.bias == "shared":
+            return LinearMap(maps[..., :-1], maps[..., -1])
+        if task is None:
+            raise ValueError(
+                "bias='per_task' has one bias a task: say whose with solve(preference, task=...), "
+                "or use fold(preference, task, weight, bias)."
+            )
+        return LinearMap(maps, self.fitted.fit(task).offset(maps))
 
     def normal_equations(self) -> dict[str, tuple[Tensor, Tensor]] | None:
         """Both sides of every task's equation, scaled: W_p = (Σ p_t N_t)(Σ p_t C_t)^{-1}.
 
         Returns:
             N_t (k, d) and C_t (d, d) by task, in float64; None where no such form exists: with a
-            bias, or in a limit of the ridge.
+            bias, the head metric, another scalarization or aggregation, or in a limit of the ridge.
         """
-        fits = [self._fit(task) for task in self.tasks]
-        if self.bias != "none" or needs_limit(fits):
+        plain = (self.metric, self.scalarization, self.aggregation, self.bias)
+        fits = [self.fitted.fit(task) for task in self.tasks]
+        if plain != ("representation", "linear", "data_aware", "none") or needs_limit(fits):
             return None
+        scales = [self.fitted.scale(task) for task in self.tasks]
         return {
-            fit.task: (self._scale(fit.task) * fit.target, self._scale(fit.task) * fit.curvature)
-            for fit in fits
+            fit.task: (scale * fit.target, scale * fit.curvature)
+            for fit, scale in zip(fits, scales, strict=True)
         }
 
     def fold(
@@ -155,7 +284,7 @@ class ClosedFormCorrection:
     ) -> tuple[Tensor, Tensor]:
         """A task's linear head with the correction for a preference absorbed.
 
-        Solves for the K rows of the head only.
+        Solves for the K rows of the head only, in the representation metric.
 
         Args:
             preference: One preference, or (P, T) of them.
@@ -167,11 +296,7 @@ class ClosedFormCorrection:
             Weight (K, d) and bias (K,), or (P, K, d) and (P, K); float64, to be cast once.
         """
         many = isinstance(preference, Tensor) and preference.ndim == 2
-        P = as_preferences(
-            preference if many else [preference],  # type: ignore[arg-type]
-            self.tasks,
-            strict=self.strict,
-        )
+        P: Any = preference if many else [preference]
         chunks = [folded[task] for folded in self.fold_heads(P, {task: (weight, bias)})]
         weights, biases = (torch.cat(part) for part in zip(*chunks, strict=True))
         return (weights, biases) if many else (weights[0], biases[0])
@@ -186,18 +311,16 @@ class ClosedFormCorrection:
             heads: Weight (K, k) and bias (K,) or None, by task.
 
         Yields:
-            For consecutive chunks of preferences, as large as :attr:`memory_cap` allows: weight
+            For consecutive chunks of preferences, as large as ``memory_cap`` allows: weight
             (p, K, d) and bias (p, K) by task.
         """
         P = as_preferences(preferences, self.tasks, strict=self.strict)
-        _check_heads(heads, self.statistics)
-        wide = {
-            task: weight.detach().to(self._device, torch.float64)
-            for task, (weight, _) in heads.items()
-        }
+        check_heads(heads, self.statistics)
+        device = next(iter(self.statistics.values())).device
+        wide = {t: H.detach().to(device, torch.float64) for t, (H, _) in heads.items()}
         stacked = torch.cat(list(wide.values()))
-        for chunk in P.split(self._chunk(P, rows=len(stacked))):
-            rows = self._maps(chunk, stacked).split([len(H) for H in wide.values()], dim=1)
+        for chunk in P.split(self._chunk(len(P), rows=len(stacked))):
+            rows = self.solver.maps(chunk, stacked).split([len(H) for H in wide.values()], dim=1)
             yield {
                 task: self._folded(task, part, H, heads[task][1])
                 for (task, H), part in zip(wide.items(), rows, strict=True)
@@ -211,186 +334,71 @@ class ClosedFormCorrection:
         if self.bias == "shared":
             return rows[..., :-1], offset + rows[..., -1]
         if self.bias == "per_task":
-            total = self._fit(task).total
+            total = self.fitted.fit(task).total
             return rows, offset + weight @ total.mean_expert - rows @ total.mean_merged
         return rows, offset
 
-    def _as_linear_map(self, maps: Tensor, task: str | None) -> LinearMap:
-        if task is not None and task not in self.statistics:
-            raise KeyError(f"unknown task '{task}'; known: {self.tasks}.")
-        if self.bias == "none":
-            return LinearMap(maps)
-        if self.bias == "shared":
-            return LinearMap(maps[..., :-1], maps[..., -1])
-        if task is None:
+    def front(self, a: str, b: str) -> EdgeFront:
+        """All mixtures of two tasks at once, by one generalised eigenproblem.
+
+        Args:
+            a: One task.
+            b: The other.
+
+        Raises:
+            KeyError: If a task is unknown.
+            ValueError: If the metric is ``"head"`` or the scalarisation not linear.
+        """
+        for task in (a, b):
+            if task not in self.statistics:
+                raise KeyError(f"unknown task '{task}'; known: {self.tasks}.")
+        plain = (self.metric, self.scalarization, self.aggregation)
+        if plain != ("representation", "linear", "data_aware"):
             raise ValueError(
-                "bias='per_task' has one bias a task: say whose with solve(preference, task=...), "
-                "or use fold(preference, task, weight, bias)."
+                f"a two-task front is for the linear representation metric, not {plain}: use "
+                "solve_many(pairwise(...))."
             )
-        return LinearMap(maps, self._fit(task).offset(maps))
+        check_widths({task: self.statistics[task] for task in (a, b)})
+        fits = (self.fitted.fit(a), self.fitted.fit(b))
+        return EdgeFront.of(fits, (self.fitted.scale(a), self.fitted.scale(b)))
 
-    def _maps(self, preferences: Tensor, heads: Tensor | None = None) -> Tensor:
-        """Maps (P, k, D), or ``heads @ maps`` (P, K, D), for checked preferences (P, T)."""
-        self._check_widths(preferences)
-        used = preferences.any(0).tolist()
-        fits = [self._fit(task) for task, flag in zip(self.tasks, used, strict=True) if flag]
-        weights = self.weights(preferences)[:, preferences.any(0)].to(self._device)
-        limits = [
-            needs_limit([f for f, w in zip(fits, row, strict=True) if w > 0]) for row in weights
-        ]
-        if any(limits):
-            return torch.cat([self._one_map(fits, row, heads) for row in weights])
-        targets = None if heads is None else torch.stack([heads @ fit.target for fit in fits])
-        return mixed_maps(fits, weights, targets)
-
-    def _one_map(self, fits: list[TaskFit], weights: Tensor, heads: Tensor | None) -> Tensor:
-        used = [fit for fit, w in zip(fits, weights, strict=True) if w > 0]
-        w = weights[weights > 0]
-        single = limit_map(used, w)[None] if needs_limit(used) else mixed_maps(used, w[None])
-        return single if heads is None else heads @ single
-
-    def weights(self, preferences: Tensor) -> Tensor:
-        """Weights w_t = p_t s_t of the losses, (P, T), for checked preferences (P, T)."""
-        used = preferences.any(0).tolist()
-        scales = [
-            self._scale(task) if flag else 0.0 for task, flag in zip(self.tasks, used, strict=True)
-        ]
-        return preferences * torch.tensor(scales, dtype=torch.float64)
-
-    def _scale(self, task: str) -> float:
-        if task not in self._scales:
-            self._scales[task] = 1 / self._scale_denominator(task)
-        return self._scales[task]
-
-    def _scale_denominator(self, task: str) -> float:
-        fit = self._fit(task)
-        if self.task_scale == "none":
-            return 1.0
-        if self.task_scale == "per_sample":
-            return fit.total.n
-        if self.task_scale == "per_energy":
-            if fit.fitted.energy > 0:
-                return fit.fitted.energy
-            raise ValueError(
-                f"task '{task}': its expert features have no energy, so task_scale='per_energy' "
-                "is not defined. Check the expert, or use task_scale='per_sample'."
-            )
-        return self._gap(task)
-
-    def _gap(self, task: str) -> float:
-        """What the task's own map recovers over doing nothing (k = d) or the equal mixture."""
-        fit = self._fit(task)
-        k, d = fit.total.cross.shape
-        if math.isinf(fit.ridge):
-            raise ValueError(f"task '{task}': task_scale='per_gap' needs a finite beta.")
-        if k == d:
-            reference = torch.eye(k, fit.curvature.shape[1]).to(fit.curvature)
-        else:
-            fits = [self._fit(other) for other in self.tasks]
-            energies = torch.tensor([1 / f.fitted.energy for f in fits], dtype=torch.float64)
-            reference = self._one_map(fits, energies, None)[0]
-        gap = float(fit.excess(reference))
-        if gap > 1e-12 * fit.fitted.energy:
-            return gap
-        raise ValueError(
-            f"task '{task}': the correction has nothing to recover, so task_scale='per_gap' is not "
-            "defined. Use task_scale='per_energy'."
-        )
-
-    def _fit(self, task: str) -> TaskFit:
-        if task not in self._fits:
-            statistics = self.statistics[task]
-            if statistics.count == 0 or statistics.effective_count == 0:
-                raise ValueError(
-                    f"task '{task}' has a positive preference but no calibration samples. "
-                    "Calibrate it, or give it preference 0."
-                )
-            total = statistics.total()
-            if not bool(total.cross.any()):
-                raise ValueError(
-                    f"task '{task}': the expert and the merged features have no common energy, so "
-                    "there is nothing to align. Check that both networks return features, not "
-                    "zeros."
-                )
-            self._fits[task] = TaskFit(
-                task=task,
-                choice=self._fixed_choice(task),
-                total=total,
-                bias=self.bias,
-                beta_mode=self.beta_mode,
-                given=self.prior if isinstance(self.prior, Tensor) else None,
-                proper=self.proper,
-                refine=self.refine,
-            )
-        return self._fits[task]
-
-    def _fixed_choice(self, task: str) -> Choice:
-        beta = self.beta
-        if isinstance(beta, Mapping):
-            if set(beta) != set(self.statistics):
-                raise ValueError(f"beta for {sorted(beta)}; expected one for each of {self.tasks}.")
-            beta = beta[task]
-        prior: Any = "given" if isinstance(self.prior, Tensor) else self.prior
-        return Choice(prior=prior, anchor=self.anchor, beta=float(beta))
-
-    def _check_widths(self, preferences: Tensor) -> None:
-        used = preferences.any(0).tolist()
-        widths = {
-            task: self.statistics[task].dim_expert
-            for task, flag in zip(self.tasks, used, strict=True)
-            if flag
-        }
-        if len(set(widths.values())) > 1:
-            raise ValueError(
-                f"tasks of different expert widths have positive preference: {widths}. They share "
-                "no map: ask for one-hot preferences, one at a time."
-            )
-
-    def _chunk(self, preferences: Tensor, rows: int = 0) -> int:
+    def _chunk(self, count: int, rows: int = 0) -> int:
         D = max(s.dim_merged for s in self.statistics.values()) + 1
-        rows = rows or max(s.dim_expert for s in self.statistics.values())
-        return max(1, min(len(preferences), self.memory_cap // (8 * 4 * D * (D + rows))))
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.statistics.values())).device
+        k = max(s.dim_expert for s in self.statistics.values())
+        rows = max(rows, k) if self.metric == "head" or not rows else rows
+        copies = 12 if self.metric == "head" else 4
+        return max(1, min(count, self.memory_cap // (8 * copies * D * (D + rows))))
 
 
-def _is_limit(fits: list[TaskFit], weights: Tensor) -> bool:
-    return needs_limit([fit for fit, w in zip(fits, weights, strict=True) if w > 0])
+def _check_beta(
+    beta: float | str | Mapping[str, float], tasks: list[str], subset: bool = False
+) -> None:
+    if isinstance(beta, str):
+        check_option("beta", beta, ("auto",))
+        return
+    if isinstance(beta, Mapping):
+        missing = [task for task in tasks if task not in beta]
+        if missing or (not subset and len(beta) != len(tasks)):
+            raise ValueError(f"beta for {sorted(beta)}; expected one for each of {tasks}.")
+    for value in beta.values() if isinstance(beta, Mapping) else [beta]:
+        Choice(beta=float(value))
 
 
-def _check_heads(heads: Mapping[str, Head], statistics: Mapping[str, CorrectionStatistics]) -> None:
-    unknown = [task for task in heads if task not in statistics]
-    if unknown:
-        raise KeyError(f"heads of unknown tasks {unknown}; known: {list(statistics)}.")
-    for task, (weight, bias) in heads.items():
-        k = statistics[task].dim_expert
-        found = (tuple(weight.shape), None if bias is None else tuple(bias.shape))
-        if weight.ndim != 2 or weight.shape[1] != k or found[1] not in (None, found[0][:1]):
-            raise ValueError(
-                f"head of '{task}': weight {found[0]} and bias {found[1]}; expected (K, {k}) and "
-                "(K,), the linear layer that reads the representation."
-            )
-
-
-def _check_option(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r}: expected one of {known}.")
-
-
-def _check_statistics(statistics: Mapping[str, CorrectionStatistics]) -> None:
-    if not statistics:
-        raise ValueError("no statistics: a correction needs at least one task.")
-    first_task, first = next(iter(statistics.items()))
-    for task, other in statistics.items():
-        mine = {"dim_merged": first.dim_merged, **first.metadata}
-        theirs = {"dim_merged": other.dim_merged, **other.metadata}
-        differing = [
-            f"{key} {mine[key]!r} vs {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
-        ]
-        if differing:
-            raise ValueError(
-                f"statistics of '{first_task}' and '{task}' are of different backbones: "
-                f"{'; '.join(differing)}. Calibrate all tasks on one merged backbone."
-            )
+def _checked_metric(
+    metric: str,
+    heads: Mapping[str, Head] | None,
+    statistics: Mapping[str, CorrectionStatistics],
+    aggregation: str,
+    bias: str,
+) -> Mapping[str, Head] | None:
+    if aggregation == "polar" and bias == "shared":
+        raise ValueError("aggregation='polar' has no shared bias: use bias='none' or 'per_task'.")
+    if metric == "representation":
+        return None
+    if aggregation != "data_aware":
+        raise ValueError(f"metric='head' and aggregation='{aggregation}' exclude each other.")
+    missing = [task for task in statistics if task not in (heads or {})]
+    if heads is None or missing:
+        raise ValueError(f"metric='head' needs the head of every task; missing: {missing}.")
+    check_heads(heads, statistics)
+    return dict(heads)

@@ -41,6 +41,8 @@ class TaskFit:
     given: Tensor | None = None
     proper: bool = False
     refine: bool = True
+    capped: bool = False
+    """Whether mixtures see a bounded ridge; after a search they always do."""
 
     @cached_property
     def fitted(self) -> Moments:
@@ -66,8 +68,8 @@ class TaskFit:
 
     @cached_property
     def ridge(self) -> float:
-        """The ridge in mixtures of tasks: finite after a search."""
-        if not self.choice.searched:
+        """The ridge in mixtures of tasks: finite where it is capped."""
+        if not (self.choice.searched or self.capped):
             return self.beta
         return min(self.beta, MIXING_CAP * beta_unit("relative", self.fitted))
 

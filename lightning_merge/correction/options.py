@@ -14,17 +14,21 @@ from lightning_merge.correction.statistics import CorrectionStatistics
 class CorrectionOptions:
     """Choices of the correction; the arguments of ``ClosedFormCorrection`` but for the data."""
 
-    beta: float = 1e-2
-    """Strength of the pull to the prior, in units of ``beta_mode``."""
+    beta: float | Literal["auto"] = "auto"
+    """Strength of the pull to the prior, in units of ``beta_mode``; auto: by cross-validation."""
     beta_mode: Literal["relative", "per_sample", "absolute"] = "relative"
     """Unit of beta: the mean feature energy, the number of samples, or none (the paper's)."""
-    prior: Literal["procrustes", "scaled", "identity", "svd"] = "procrustes"
+    prior: Literal["auto", "procrustes", "scaled", "identity", "svd"] = "auto"
     """Map that the correction is pulled to: a rotation completed by the identity, its best
-    multiple, the identity, or a plain decomposition (the paper's)."""
+    multiple, the identity, a plain decomposition (the paper's); auto: by cross-validation."""
     task_scale: Literal["none", "per_sample", "per_energy", "per_gap"] = "per_energy"
     """What equal preference weighs alike: sums (the paper's), means, or relative errors."""
     bias: Literal["none", "shared", "per_task"] = "none"
     """Whether the correction has a bias."""
+    metric: Literal["representation", "head"] = "representation"
+    """Error that is minimised: of the representation (the paper's), or of what the heads read."""
+    scalarization: Literal["linear", "chebyshev"] = "linear"
+    """How losses of tasks are traded: summed (the paper's), or the worst weighted one."""
 
     @classmethod
     def paper(cls) -> "CorrectionOptions":
@@ -42,4 +46,5 @@ class CorrectionOptions:
             statistics: Sums of every task's features.
             heads: First linear layer of every task's head: weight ``(K, k)`` and bias ``(K,)``.
         """
-        return ClosedFormCorrection(statistics, **asdict(self))
+        read = heads if self.metric == "head" else None
+        return ClosedFormCorrection(statistics, heads=read, **asdict(self))

@@ -7,20 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.correction.moments import Moments
+from lightning_merge.correction.sums import STATES, check_removal, fold_of, symmetric, zeros
 
 FeatureNorm = Literal["none", "l2"]
-STATES = (
-    "count",
-    "skipped",
-    "n",
-    "n2",
-    "gram",
-    "cross",
-    "energy",
-    "sum_merged",
-    "sum_expert",
-    "expert_gram",
-)
 
 
 class CorrectionStatistics:
@@ -78,7 +67,7 @@ class CorrectionStatistics:
         self._batches = 0
         # Statistics made inside inference mode must still be writable outside it.
         with torch.inference_mode(False):
-            self._states = _zeros(num_folds or 1, dim_merged, dim_expert, torch.device(device))
+            self._states = zeros(num_folds or 1, dim_merged, dim_expert, torch.device(device))
 
     @property
     def dim_merged(self) -> int:
@@ -226,30 +215,30 @@ class CorrectionStatistics:
         return Moments(
             count=self.count,
             n=float(states["n"].sum()),
-            gram=_symmetric(states["gram"].sum(0)),
+            gram=symmetric(states["gram"].sum(0)),
             cross=states["cross"].sum(0),
             energy=float(states["energy"].sum()),
             sum_merged=states["sum_merged"].sum(0),
             sum_expert=states["sum_expert"].sum(0),
-            expert_gram=_symmetric(states["expert_gram"]),
+            expert_gram=symmetric(states["expert_gram"]),
+        )
+
+    def fold(self, number: int) -> Moments:
+        """Moments of one fold, perhaps without samples."""
+        states = self._states
+        return Moments(
+            count=int(states["count"][number]),
+            n=float(states["n"][number]),
+            gram=symmetric(states["gram"][number]),
+            cross=states["cross"][number],
+            energy=float(states["energy"][number]),
+            sum_merged=states["sum_merged"][number],
+            sum_expert=states["sum_expert"][number],
         )
 
     def folds(self) -> list[Moments]:
         """Moments of every fold that holds samples; one pooled fold if none were kept."""
-        states = self._states
-        return [
-            Moments(
-                count=int(states["count"][f]),
-                n=float(states["n"][f]),
-                gram=_symmetric(states["gram"][f]),
-                cross=states["cross"][f],
-                energy=float(states["energy"][f]),
-                sum_merged=states["sum_merged"][f],
-                sum_expert=states["sum_expert"][f],
-            )
-            for f in range(self.num_folds)
-            if float(states["n"][f]) > 0
-        ]
+        return [self.fold(f) for f in range(self.num_folds) if float(self._states["n"][f]) > 0]
 
     @property
     def effective_count(self) -> float:
@@ -325,7 +314,7 @@ class CorrectionStatistics:
         left = {name: value - other._states[name] for name, value in self._states.items()}
         # What rounding leaves of an emptied fold is cleared, so that empty means exactly zero.
         empty = left["count"] == 0
-        _check_removal(left, self._states, empty)
+        check_removal(left, self._states, empty)
         for name, value in left.items():
             if name not in ("skipped", "expert_gram"):
                 value[empty] = 0
@@ -362,65 +351,3 @@ class CorrectionStatistics:
             "num_folds": self.num_folds,
             **self.metadata,
         }
-
-
-def fold_of(indices: Tensor, num_folds: int) -> Tensor:
-    """Fold of each sample, from its global index alone.
-
-    Every run of ``num_folds`` consecutive indices (from a multiple of it) is spread over all folds,
-    rotated by a hash of the run: folds of a whole set differ by at most one sample, and a set
-    sorted by class with any period is still mixed.
-
-    Args:
-        indices: Global sample indices, int64 (n,).
-        num_folds: Number of folds F.
-
-    Returns:
-        int64 (n,), from 0 to F - 1.
-    """
-    block = torch.div(indices, num_folds, rounding_mode="floor")
-    # The finaliser of SplitMix64; products wrap around, shifts are made logical by the masks.
-    h = block * -7046029254386353131
-    h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    h = h ^ ((h >> 31) & 0x1FFFFFFFF)
-    return (indices + (h & 0x7FFFFFFFFFFFFFFF) % num_folds) % num_folds
-
-
-def _zeros(folds: int, d: int, k: int, device: torch.device) -> dict[str, Tensor]:
-    shapes = {"n": (folds,), "n2": (folds,), "gram": (folds, d, d), "cross": (folds, k, d)}
-    shapes |= {"energy": (folds,), "sum_merged": (folds, d), "sum_expert": (folds, k)}
-    shapes |= {"expert_gram": (k, k)}
-    counts = {
-        "count": torch.zeros(folds, dtype=torch.int64, device=device),
-        "skipped": torch.zeros((), dtype=torch.int64, device=device),
-    }
-    sums = {
-        name: torch.zeros(shape, dtype=torch.float64, device=device)
-        for name, shape in shapes.items()
-    }
-    return counts | sums
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T) / 2
-
-
-def _check_removal(left: Mapping[str, Tensor], before: Mapping[str, Tensor], empty: Tensor) -> None:
-    reasons = []
-    if bool((left["count"] < 0).any()):
-        reasons.append(f"sample counts would be {left['count'].tolist()}")
-    if bool((left["n"] < -1e-12 * before["n"]).any()):
-        reasons.append(f"sums of weights would be {left['n'].tolist()}")
-    # Rounding of the sums before the removal stays in what is left of them.
-    traces = before["gram"].diagonal(dim1=-2, dim2=-1).sum(-1)
-    values = torch.linalg.eigvalsh((left["gram"] + left["gram"].mT) / 2)
-    negative = values[:, 0] < -1e-10 * values[:, -1].clamp_min(0) - 1e-13 * traces
-    remainder = empty & (values.abs().amax(-1) > 1e-10 * traces)
-    if bool((negative | remainder).any()):
-        reasons.append("the remaining second moments are not those of any samples")
-    if reasons:
-        raise ValueError(
-            f"cannot remove these statistics: {'; '.join(reasons)}. Only samples that were added "
-            "before can be taken out."
-        )

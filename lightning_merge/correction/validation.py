@@ -1,0 +1,177 @@
+"""Held-out errors of a whole correction, from the statistics of its folds alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_merge.correction.checks import check_heads, check_widths
+from lightning_merge.correction.closed_form import ClosedFormCorrection
+from lightning_merge.correction.fit import TaskFit
+from lightning_merge.correction.fitted import Head
+from lightning_merge.correction.head_maps import HeadSolver, read_rows
+from lightning_merge.correction.moments import Moments
+from lightning_merge.correction.report import refitted
+from lightning_merge.correction.solver import shared_maps
+from lightning_merge.correction.statistics import CorrectionStatistics
+from lightning_merge.functional.preference import Preference, as_preference
+
+
+@dataclass(frozen=True)
+class HeldOutError:
+    """Held-out squared error of one task, relative to the expert's own variance.
+
+    0 is the expert; 1 is as far off as a constant.
+    """
+
+    corrected: float
+    """With the correction."""
+    identity: float | None
+    """Without any: the merged features as they are. None for unequal widths."""
+
+    @property
+    def gain(self) -> float | None:
+        """Part of the error of doing nothing that the correction removes; negative is harm."""
+        if self.identity is None:
+            return None
+        return 1 - self.corrected / self.identity if self.identity > 0 else 0.0
+
+
+def cross_validated_errors(
+    correction: ClosedFormCorrection,
+    preference: Preference | None = None,
+    heads: Mapping[str, Head] | None = None,
+) -> dict[str, HeldOutError]:
+    """Errors of a correction on samples it was not solved from, with no second data pass.
+
+    For every fold, all tasks are solved again without it, with the prior and ridge that were
+    chosen on all samples, and measured on it. Errors of different merges, metrics, priors and
+    ridges are comparable if measured alike: that is how a merge is selected without labels.
+
+    Args:
+        correction: Any; solved in its own metric.
+        preference: One for all tasks together. None gives each task its own map (one-hot).
+        heads: Measure behind these heads (all tasks with weight need one). None measures features,
+            or, for ``metric="head"``, behind the heads of the correction.
+
+    Returns:
+        By task, for the tasks with positive preference (or samples).
+
+    Raises:
+        ValueError: If a task has samples in fewer than two folds, or heads don't fit.
+    """
+    statistics = correction.statistics
+    if preference is None:
+        names = [task for task in statistics if statistics[task].count]
+        groups = [[task] for task in names]
+        weights = [torch.ones(1, 1, dtype=torch.float64) for _ in names]
+    else:
+        p = as_preference(preference, correction.tasks, strict=correction.strict)
+        names = [task for task, x in zip(correction.tasks, p.tolist(), strict=True) if x > 0]
+        groups = [names]
+        weights = [correction.solver.weights(p[None])[:, p > 0]]
+    _check_folds({task: statistics[task] for task in names})
+    heads = correction.fitted.heads if heads is None else heads
+    if heads is not None:
+        check_heads(heads, statistics)
+    rows = {task: _measured_rows(correction, heads, task) for task in names}
+    errors = {task: [0.0, 0.0] for task in names}
+    for group, w in zip(groups, weights, strict=True):
+        check_widths({task: statistics[task] for task in group})
+        for number in range(statistics[group[0]].num_folds):
+            _add_fold(correction, group, w, rows, number, errors)
+    return {
+        task: _relative(correction.fitted.fit(task).total, rows[task], *errors[task])
+        for task in names
+    }
+
+
+def _add_fold(
+    correction: ClosedFormCorrection,
+    names: list[str],
+    weights: Tensor,
+    rows: Mapping[str, Tensor | None],
+    number: int,
+    errors: dict[str, list[float]],
+) -> None:
+    held_out = {task: correction.statistics[task].fold(number) for task in names}
+    if not any(fold.n > 0 for fold in held_out.values()):
+        return
+    fits = []
+    for task in names:
+        fit = correction.fitted.fit(task)
+        fits.append(refitted(fit, fit.total.without(held_out[task])))
+    maps = _solved(correction, fits, names, weights)
+    for task, fit in zip(names, fits, strict=True):
+        fold = held_out[task]
+        if fold.n == 0:
+            continue
+        W, b = _split(fit, maps)
+        H = rows[task]
+        read = fold.read_by(H)
+        errors[task][0] += read.error(
+            W if H is None else H @ W, b if b is None or H is None else H @ b
+        )
+        if W.shape[0] == W.shape[1]:
+            eye = torch.eye(len(W)).to(W)
+            errors[task][1] += read.error(eye if H is None else H)
+
+
+def _solved(
+    correction: ClosedFormCorrection, fits: list[TaskFit], names: list[str], weights: Tensor
+) -> Tensor:
+    if correction.aggregation != "data_aware":
+        raise ValueError(
+            f"aggregation='{correction.aggregation}' mixes finished maps and is not "
+            "cross-validated: use aggregation='data_aware'."
+        )
+    maps = shared_maps(fits, weights, None)
+    own_rows = [correction.fitted.rows(task) for task in names]
+    solver_rows = [H for H in own_rows if H is not None]
+    if solver_rows:
+        maps = HeadSolver(fits, solver_rows, correction.options.head).maps(weights, maps)
+    return maps[0]
+
+
+def _split(fit: TaskFit, maps: Tensor) -> tuple[Tensor, Tensor | None]:
+    if fit.bias == "shared":
+        return maps[:, :-1], maps[:, -1]
+    return maps, fit.offset(maps) if fit.bias == "per_task" else None
+
+
+def _measured_rows(
+    correction: ClosedFormCorrection, heads: Mapping[str, Head] | None, task: str
+) -> Tensor | None:
+    if heads is None:
+        return None
+    if task not in heads:
+        raise ValueError(f"task '{task}': no head to measure behind; heads of {sorted(heads)}.")
+    like = correction.fitted.fit(task).total.cross
+    return read_rows(heads[task][0], like, correction.options.head)
+
+
+def _relative(
+    total: Moments, rows: Tensor | None, corrected: float, identity: float
+) -> HeldOutError:
+    read = total.read_by(rows)
+    k, d = total.cross.shape
+    # Behind a head, errors of a fold lack the energy of what the head reads (see `read_by`).
+    missing = 0.0 if rows is None else read.energy
+    variance = read.centred().energy
+    if not variance > 0:
+        raise ValueError("the expert's features are constant: no error is relative to them.")
+    return HeldOutError(
+        corrected=(corrected + missing) / variance,
+        identity=(identity + missing) / variance if k == d else None,
+    )
+
+
+def _check_folds(statistics: Mapping[str, CorrectionStatistics]) -> None:
+    few = [task for task, s in statistics.items() if len(s.folds()) < 2]
+    numbers = {task: s.num_folds for task, s in statistics.items()}
+    if few or len(set(numbers.values())) > 1:
+        raise ValueError(
+            f"held-out errors need equal numbers of folds, at least two with samples; found "
+            f"{numbers}, too few samples in {few}. Calibrate on more samples, with num_folds."
+        )

@@ -14,3 +14,65 @@ $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
+
+# --- tests -------------------------------------------------------------------
+test: lint types layers unit notebooks
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/codespell lightning_merge tests docs benchmarks configs README.md CHANGELOG.md CONTRIBUTING.md
+	$(VENV)/bin/validate-pyproject pyproject.toml
+
+types: $(STAMP)
+	$(PY) -m mypy
+
+layers: $(STAMP)
+	$(VENV)/bin/lint-imports
+
+# Two processes with one thread each: the tests are many and small.
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+
+notebooks: $(STAMP)
+	OMP_NUM_THREADS=2 $(PY) -m pytest -q --nbmake -p no:xdist --nbmake-timeout 300 notebooks
+
+# --- demo --------------------------------------------------------------------
+SUITE ?= glyphs
+RUN   := runs/$(SUITE)
+BASE  := runs/glyphs/base/done
+CONF  := configs/$(SUITE).yaml
+CLI   := $(VENV)/bin/lightning-merge
+TASKS_glyphs := latin greek cyrillic armenian georgian hebrew arabic math
+TASKS_real   := digits mnist textures
+TASKS := $(TASKS_$(SUITE))
+$(if $(TASKS),,$(error SUITE=$(SUITE) is unknown; expected glyphs or real))
+
+# $(call stage,NAME,LOG,COMMAND): run quietly, show the end of the log on failure.
+stage = @mkdir -p $(dir $(2)); echo "== $(1)   (log: $(2))"; \
+	$(3) > $(2) 2>&1 || { tail -n 30 $(2); echo "$(1) failed; run make again to continue."; exit 1; }
+
+demo: $(RUN)/sweep/summary.json | $(STAMP)
+	@$(PY) -m lightning_merge.report $(RUN)/sweep
+
+# A fit writes its checkpoint after each epoch; only a finished one makes the stage done.
+$(BASE): configs/glyphs_base.yaml | $(STAMP)
+	$(call stage,pre-train the base,runs/glyphs/logs/base.log,$(CLI) fit --config $<)
+	@rm -rf runs/*/pool
+	@touch $@
+
+$(RUN)/data/done: lightning_merge/data/real.py | $(STAMP)
+	$(call stage,make the real data sets,$(RUN)/logs/data.log,$(PY) -m lightning_merge.data.real $(RUN)/data)
+	@touch $@
+
+$(RUN)/pool/experts/%.safetensors: $(BASE) $(CONF) $(if $(filter real,$(SUITE)),$(RUN)/data/done)
+	$(call stage,fine-tune $*,$(RUN)/logs/$*.log,$(CLI) fit --config $(CONF) --data.task $* --trainer.callbacks.overwrite true)
+
+$(RUN)/merged/merged.json: $(TASKS:%=$(RUN)/pool/experts/%.safetensors)
+	$(call stage,merge,$(RUN)/logs/merge.log,$(CLI) merge --config $(CONF))
+
+$(RUN)/sweep/summary.json: $(RUN)/merged/merged.json
+	$(call stage,sweep,$(RUN)/logs/sweep.log,$(CLI) sweep --config $(CONF))
+
+clean:
+	rm -rf runs

@@ -50,6 +50,8 @@ class MergedModel:
     """Sufficient statistics of the correction by task; empty if there is none."""
     options: CorrectionOptions = field(default_factory=CorrectionOptions)
     """Hyper-parameters of the correction."""
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Prior and ridge of every task that a search has chosen already."""
     model: dict[str, Any] | None = None
     """How to build the network again: ``{"class_path", "init_args"}``."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class MergedModel:
             )
         if self._correction is None:
             statistics = {task: self.statistics[task] for task in self.tasks}
-            self._correction = self.options.build(statistics, self.linear_heads())
+            self._correction = self.options.build(statistics, self.linear_heads(), self.choices)
         return self._correction
 
     def linear_heads(self) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -122,6 +124,18 @@ class MergedModel:
         if not isinstance(preference, Mapping):
             preference = dict(zip(self.tasks, preference.tolist(), strict=True))
         return SteeredModel(plain_copy(self.network), self.head, folded, preference)
+
+    def per_task(self) -> SteeredModel:
+        """Every head folded with its own task's map: the ceiling where the task is known.
+
+        One backbone still serves all tasks, and no preference trades them: with separate heads
+        and known tasks, nothing that a shared map does is better on the calibration error.
+        """
+        folded = {}
+        for name, (weight, bias) in self.linear_heads().items():
+            own = self.correction.fold({name: 1.0}, name, weight, bias)
+            folded[name] = folded_head(self.heads[name], self.head, *own)
+        return SteeredModel(plain_copy(self.network), self.head, folded, {})
 
     @overload
     def uncorrected(self) -> SteeredModel: ...
@@ -180,6 +194,7 @@ class MergedModel:
             raise ValueError(f"'{task}' is the only task left; a model needs one.")
         del self.heads[task]
         self.statistics.pop(task, None)
+        self.choices.pop(task, None)
         self._correction = None
         return self
 
@@ -283,6 +298,7 @@ class MergedModel:
             options=CorrectionOptions(
                 **{name: value for name, value in manifest["correction"].items() if name in known}
             ),
+            choices=manifest["choices"],
             model=manifest["model"],
             record=manifest["record"],
         )
@@ -295,6 +311,7 @@ class MergedModel:
             "head": self.head,
             "model": self.model,
             "correction": asdict(self.options),
+            "choices": self.correction.choices() if self.statistics else {},
             "record": self.record,
             "versions": {name: importlib.metadata.version(name) for name in names},
         }

@@ -128,7 +128,8 @@ def sweep_model(
         kinds=kinds,
         favoured=favoured,
         raw=torch.stack([scores[task].accuracy for task in tasks], dim=1),
-        references={name: torch.tensor(row, dtype=torch.float64) for name, row in rows.items()},
+        references={name: torch.tensor(row, dtype=torch.float64) for name, row in rows.items()}
+        | {"per_task": _own_corners(tasks, kinds, favoured, scores)},
         method=_method_name(model),
         diagnostics=model.correction.report(),
         timings={**model.record.get("timings", {}), **timings},
@@ -144,6 +145,18 @@ def _filled(network: nn.Module, model: MergedModel, task: str, state: StateDict)
     load_backbone(network.cpu(), state, model.head)
     set_submodule(network, model.head, plain_copy(model.heads[task]))
     return network
+
+
+def _own_corners(
+    tasks: tuple[str, ...],
+    kinds: tuple[str, ...],
+    favoured: tuple[str | None, ...],
+    scores: dict[str, Scores],
+) -> Tensor:
+    # A head folded with its own task's map is the head at that task's corner.
+    marks = list(zip(kinds, favoured, strict=True))
+    own = [scores[task].accuracy[marks.index(("one_hot", task))] for task in tasks]
+    return torch.stack(own)
 
 
 def _divisions(count: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -39,12 +39,14 @@ class CorrectionOptions:
         self,
         statistics: Mapping[str, CorrectionStatistics],
         heads: Mapping[str, tuple[Tensor, Tensor | None]],
+        choices: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> ClosedFormCorrection:
         """Make the correction of some tasks.
 
         Args:
             statistics: Sums of every task's features.
             heads: First linear layer of every task's head: weight ``(K, k)`` and bias ``(K,)``.
+            choices: What an earlier search chose, which is then not searched again.
         """
         read = heads if self.metric == "head" else None
-        return ClosedFormCorrection(statistics, heads=read, **asdict(self))
+        return ClosedFormCorrection(statistics, heads=read, choices=choices, **asdict(self))

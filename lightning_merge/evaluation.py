@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_stat_scores
 
 from lightning_merge.merged import MergedModel
-from lightning_merge.networks import call_network, first_linear, plain_copy, set_submodule
+from lightning_merge.networks import call_network, plain_copy, set_submodule
 from lightning_merge.runtime import Runtime
 
 Loader = Iterable[tuple[Any, Tensor]]
@@ -65,6 +65,7 @@ def sweep_task(
     batches: Loader,
     runtime: Runtime,
     *,
+    folded: tuple[Tensor, Tensor] | None = None,
     max_logits: int = MAX_LOGITS,
     keep: int = 0,
 ) -> Scores:
@@ -81,6 +82,7 @@ def sweep_task(
         preferences: ``(P, T)``, in the order of the model's tasks.
         batches: The task's test set; each process its share.
         runtime: This process's place among others.
+        folded: The task's folded heads, ``(P, K, d)`` and ``(P, K)``, where they are known.
         max_logits: Numbers held at a time.
         keep: Return the representation of about this many samples, spread over the test set.
 
@@ -89,7 +91,9 @@ def sweep_task(
     """
     network = plain_copy(model.network)
     original = plain_copy(model.heads[task])
-    stacked = _StackedHead(plain_copy(original), model, task, preferences)
+    if folded is None:
+        folded = model.correction.fold(preferences, task, *model.linear_heads()[task])
+    stacked = _StackedHead(plain_copy(original), model.head, *folded)
     set_submodule(network, model.head, stacked)
     network.eval().to(runtime.device)
     size = len(preferences) + 1  # the last one is the uncorrected head
@@ -167,8 +171,7 @@ class _StackedHead(nn.Module):
         joined = torch.cat([weights.to(weight), weight.unsqueeze(0)])
         self.copies = len(joined)
         self.width = len(weight)
-        self.linear = _StackedLinear(joined, torch.cat([biases.to(weight), own_bias.unsqueeze(0)]))
-        name, _ = first_linear(head, model.head)
+        self.linear = _StackedLinear(joined, torch.cat([biases.to(weight), bias.unsqueeze(0)]))
         if name:
             set_submodule(head, name, self.linear)
         self.head = head if name else self.linear

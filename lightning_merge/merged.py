@@ -298,7 +298,7 @@ class MergedModel:
             options=CorrectionOptions(
                 **{name: value for name, value in manifest["correction"].items() if name in known}
             ),
-            choices=manifest["choices"],
+            choices=manifest.get("choices", {}),
             model=manifest["model"],
             record=manifest["record"],
         )

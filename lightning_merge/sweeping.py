@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +114,25 @@ def sweep_model(
         rows[row].append(correct / samples)
         timings[f"sweep_{row}"] += time.perf_counter() - start
 
+    start = time.perf_counter()
+    different, places = preferences.unique(dim=0, return_inverse=True)
+    chunks = list(model.correction.fold_heads(different, model.linear_heads()))
+    timings["solve"] = time.perf_counter() - start
     for task in tasks:
         start = time.perf_counter()
-        scores[task] = sweep_task(model, task, preferences, test_set(task), runtime, keep=keep)
+        weights, biases = (
+            torch.cat(part) for part in zip(*(heads[task] for heads in chunks), strict=True)
+        )
+        found = sweep_task(
+            model,
+            task,
+            different,
+            test_set(task),
+            runtime,
+            folded=(weights, biases),
+            keep=keep,
+        )
+        scores[task] = replace(found, correct=found.correct[places])
         timings["sweep_merged"] += time.perf_counter() - start
         rows["uncorrected"].append(scores[task].uncorrected / scores[task].samples)
         reference(task, "experts", experts.expert(task))

@@ -1,12 +1,15 @@
 """Weighted average of weights (Wortsman et al., ICML 2022, arXiv:2203.05482)."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
 def average(
-    experts: Float[Tensor, "experts *shape"], weights: Float[Tensor, " experts"]
+    experts: Sequence[Float[Tensor, "*shape"]] | Float[Tensor, "experts *shape"],
+    weights: Float[Tensor, " experts"],
 ) -> Float[Tensor, "*shape"]:
     r"""Average one parameter over the experts.
 
@@ -16,15 +19,17 @@ def average(
     Experts that agree in an entry keep it up to rounding.
 
     Args:
-        experts: Fine-tuned values, stacked in the caller's order. One expert returns itself.
+        experts: Fine-tuned values in the caller's order, stacked or in a sequence. One expert
+            returns itself.
         weights: Weights of the experts, dimensionless, with a sum that is not zero.
 
     Example:
         >>> average(torch.tensor([[0.0, 2.0], [4.0, 4.0]]), torch.tensor([3.0, 1.0]))
         tensor([1.0000, 2.5000])
     """
-    dtype = torch.promote_types(experts.dtype, torch.float32)
-    shares = (weights.to(torch.float64) / weights.to(torch.float64).sum()).to(dtype)
-    flat = experts.to(dtype).reshape(len(experts), -1)
-    # (n, T) @ (T,): one pass over the block; the other order is slower by far on the CPU
-    return torch.mv(flat.t(), shares.to(flat.device)).view(experts.shape[1:])
+    dtype = torch.promote_types(experts[0].dtype, torch.float32)
+    shares = (weights.double() / weights.double().sum()).tolist()
+    total = experts[0].to(dtype) * shares[0]
+    for expert, share in zip(experts[1:], shares[1:], strict=True):
+        total.add_(expert.to(dtype), alpha=share)
+    return total

@@ -1,8 +1,12 @@
 """Model Breadcrumbs: mask outliers and noise (Davari and Belilovsky, 2023, arXiv:2312.06795)."""
 
-import torch
+from functools import partial
+
 from jaxtyping import Float
 from torch import Tensor
+
+from lightning_merge.functional.selection import largest
+from lightning_merge.functional.ties import trim_by
 
 
 def breadcrumbs(
@@ -12,7 +16,7 @@ def breadcrumbs(
 
     Exactly ``round(density * n)`` entries stay, at least one; of the largest
     ``round(drop_top * n)`` are dropped, or fewer where the rest would not fill the density. Equal
-    magnitudes rank by index, the later one as the larger.
+    magnitudes rank by index, the earlier one as the larger.
 
     Args:
         task_vector: One expert's task vector of one parameter, ranked on its own.
@@ -25,12 +29,15 @@ def breadcrumbs(
     """
     flat = task_vector.reshape(-1)
     first, last = kept_ranks(len(flat), density, drop_top)
-    if last - first == len(flat):
-        return task_vector.clone()
-    order = flat.abs().argsort(stable=True)
-    # both ends are written out: an end of -0 would keep nothing
-    kept = order[first:last]
-    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view(task_vector.shape)
+    kept = _largest(flat, len(flat) - first)
+    if last < len(flat):
+        kept -= _largest(flat, len(flat) - last)
+    return kept.view(task_vector.shape)
+
+
+def _largest(flat: Tensor, kept: int) -> Tensor:
+    cut = largest(partial(list, (flat,)), len(flat), kept)
+    return trim_by(flat, cut.threshold, cut.ties[0])[0]
 
 
 def kept_ranks(size: int, density: float, drop_top: float) -> tuple[int, int]:

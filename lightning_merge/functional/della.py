@@ -1,5 +1,6 @@
 """DELLA: keep probabilities by rank of magnitude (Deep et al., 2024, arXiv:2406.11617)."""
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -29,10 +30,24 @@ def keep_probabilities(
     size = matrix.shape[1]
     if size < 2 or matrix.numel() == 0:
         return torch.full_like(task_vector, density)
-    order = matrix.abs().argsort(dim=1, stable=True)
+    order = _ranked(matrix.abs())
     ladder = torch.linspace(density - epsilon, density + epsilon, size).to(matrix)
     probabilities = torch.empty_like(matrix).scatter_(1, order, ladder.expand_as(matrix))
     return probabilities.view(task_vector.shape)
+
+
+def _ranked(magnitudes: Tensor) -> Tensor:
+    """Indices of each row in ascending order, the lower index first among equals."""
+    if magnitudes.dtype != torch.float32:
+        return magnitudes.argsort(dim=1, stable=True)
+    # Bits of a float32 that is not negative order as the number does. With the index below them
+    # every key differs, so that a plain sort is stable; it is several times as fast as argsort.
+    keys = (magnitudes.view(torch.int32).long() << 32) | torch.arange(
+        magnitudes.shape[1], device=magnitudes.device
+    )
+    if keys.device.type != "cpu":
+        return keys.sort(dim=1).values & 0xFFFFFFFF
+    return torch.from_numpy(np.sort(keys.numpy(), axis=1)) & 0xFFFFFFFF
 
 
 def rows_of(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "rows columns"]:

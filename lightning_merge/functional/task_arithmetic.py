@@ -1,5 +1,7 @@
 """Task arithmetic (Ilharco et al., ICLR 2023, arXiv:2212.04089, Section 2)."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 
 def task_arithmetic(
     base: Float[Tensor, "*shape"],
-    experts: Float[Tensor, "experts *shape"],
+    experts: Sequence[Float[Tensor, "*shape"]] | Float[Tensor, "experts *shape"],
     coefficients: Float[Tensor, " experts"],
 ) -> Float[Tensor, "*shape"]:
     r"""Add the weighted task vectors of one parameter to its base value.
@@ -18,17 +20,20 @@ def task_arithmetic(
 
     Args:
         base: Pre-trained value :math:`\theta_0`.
-        experts: Fine-tuned values :math:`\theta_t`, stacked in the caller's order.
+        experts: Fine-tuned values :math:`\theta_t` in the caller's order, stacked or in a sequence.
         coefficients: Weights :math:`\lambda_t`, dimensionless. All zeros return ``base``.
 
     Example:
         >>> task_arithmetic(torch.zeros(2), torch.eye(2), torch.tensor([0.5, 0.25]))
         tensor([0.5000, 0.2500])
     """
-    task_vectors = task_vectors_of(base, experts)
-    weights = coefficients.to(task_vectors.device, task_vectors.dtype)
-    update = torch.mv(task_vectors.reshape(len(experts), -1).t(), weights).view(base.shape)
-    return (base.to(update.dtype) + update).to(base.dtype)
+    dtype = torch.promote_types(torch.promote_types(base.dtype, experts[0].dtype), torch.float32)
+    origin = base.to(dtype)
+    task_vector, update = torch.empty_like(origin), torch.zeros_like(origin)
+    for expert, coefficient in zip(experts, coefficients.tolist(), strict=True):
+        torch.sub(expert.to(dtype), origin, out=task_vector)
+        update.add_(task_vector, alpha=coefficient)
+    return update.add_(origin).to(base.dtype)
 
 
 def task_vectors_of(

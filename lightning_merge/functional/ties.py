@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from lightning_merge.functional.selection import largest, num_kept
 
@@ -20,20 +21,20 @@ BLOCK = 1 << 15
 
 def trim_by(
     task_vector: Float[Tensor, "*shape"], threshold: float, ties: int
-) -> Float[Tensor, "*shape"]:
-    """Zero the entries below a threshold, in new memory.
+) -> tuple[Float[Tensor, "*shape"], int]:
+    """Zero the entries below a threshold; the trimmed tensor, and how many ties it keeps.
 
     Args:
         task_vector: One expert's task vector of one parameter.
         threshold: Magnitude above which every entry stays.
         ties: How many entries at the threshold stay: the first ones in flat order.
     """
-    magnitudes = task_vector.abs()
-    kept = magnitudes > threshold
-    if ties > 0:
-        equal = (magnitudes == threshold).flatten().nonzero().squeeze(1)
-        kept.view(-1)[equal[:ties]] = True
-    return task_vector * kept
+    trimmed = hardshrink(task_vector, threshold)
+    if ties == 0:
+        return trimmed, 0
+    equal = torch.eq(task_vector.abs(), threshold).flatten().nonzero().squeeze(1)[:ties]
+    trimmed.view(-1)[equal] = task_vector.reshape(-1)[equal]
+    return trimmed, len(equal)
 
 
 def trim(
@@ -46,13 +47,13 @@ def trim(
 
     Example:
         >>> trim(torch.tensor([[3.0, -1.0, 0.5, -4.0]]), density=0.5)
-        tensor([[ 3., -0.,  0., -4.]])
+        tensor([[ 3.,  0.,  0., -4.]])
     """
     rows = []
     for row in task_vectors:
         flat = row.reshape(-1)
         cut = largest(partial(list, (flat,)), len(flat), num_kept(density, len(flat)))
-        rows.append(trim_by(row, cut.threshold, cut.ties[0]))
+        rows.append(trim_by(row, cut.threshold, cut.ties[0])[0])
     return torch.stack(rows)
 
 
@@ -79,14 +80,46 @@ def sign_consensus(
     majority = cache(majority or (lambda: majority_sign(flat)))
     merged = torch.empty_like(flat[0])
     for start in range(0, flat.shape[1], BLOCK):
-        block = flat[:, start : start + BLOCK]
-        signs = elect(block)
+        votes = _votes(flat[:, start : start + BLOCK], largest_only=combine == "max")
+        signs = votes.total.sign()
         if zero_sign != "none":
-            cancelled = signs == 0
-            if bool(block.ne(0).any(dim=0).logical_and_(cancelled).any()):
+            cancelled = (signs == 0) & (votes.num_positive > 0)
+            if bool(cancelled.any()):
                 signs[cancelled] = 1.0 if zero_sign == "positive" else majority()
-        merged[start : start + BLOCK] = disjoint_merge(block, signs, combine)
+        chosen = torch.where(signs > 0, votes.positive, votes.negative)
+        if combine == "mean":
+            number = torch.where(signs > 0, votes.num_positive, votes.num_negative)
+            chosen /= number.clamp_(min=1)
+        merged[start : start + BLOCK] = torch.where(signs == 0, 0.0, chosen)
     return merged.view(trimmed.shape[1:])
+
+
+class _Votes(NamedTuple):
+    """Of each entry: the sum of all task vectors, and sum (or extreme) and number by sign."""
+
+    total: Tensor
+    positive: Tensor
+    negative: Tensor
+    num_positive: Tensor
+    num_negative: Tensor
+
+
+def _votes(trimmed: Tensor, *, largest_only: bool) -> _Votes:
+    # float arithmetic in place: on the CPU several times as fast as masks, and counts are exact
+    total, positive, num_positive, num_signs = (torch.zeros_like(trimmed[0]) for _ in range(4))
+    negative = torch.zeros_like(total)
+    for row in trimmed:
+        total += row
+        up, signs = row.clamp(min=0), row.sign()
+        if largest_only:
+            torch.maximum(positive, up, out=positive)
+            torch.minimum(negative, row, out=negative)
+        else:
+            positive += up
+            negative += row - up
+        num_signs += signs
+        num_positive += signs.clamp_(min=0)
+    return _Votes(total, positive, negative, num_positive, num_positive - num_signs)
 
 
 def combined(
@@ -110,30 +143,3 @@ def elect(trimmed: Float[Tensor, "experts *shape"]) -> Float[Tensor, "*shape"]:
         trimmed: Trimmed task vectors. Where they cancel exactly, the sign is 0.
     """
     return trimmed.sum(dim=0).sign()
-
-
-def disjoint_merge(
-    trimmed: Float[Tensor, "experts *shape"],
-    signs: Float[Tensor, "*shape"],
-    combine: Combine = "mean",
-) -> Float[Tensor, "*shape"]:
-    """Merge in each entry the task vectors of the elected sign alone (Section 4.3).
-
-    Args:
-        trimmed: Trimmed task vectors; zeros take no part.
-        signs: The elected signs; where the sign is 0 or no task vector has it, the result is 0.
-        combine: The mean of those with the sign, their sum, or the one of largest magnitude.
-    """
-    agreeing = agreement(trimmed, signs)
-    chosen = torch.where(agreeing, trimmed, 0.0)
-    if combine == "max":
-        return chosen.abs().amax(dim=0) * signs
-    total = chosen.sum(dim=0)
-    return total if combine == "sum" else total / agreeing.sum(dim=0).clamp_(min=1)
-
-
-def agreement(
-    trimmed: Float[Tensor, "experts *shape"], signs: Float[Tensor, "*shape"]
-) -> Bool[Tensor, "experts *shape"]:
-    """Which task vectors have the elected sign in each entry; zeros never have."""
-    return trimmed * signs > 0

@@ -1,15 +1,16 @@
 """Average of the experts' weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from lightning_merge.functional.average import average
 from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.walk import BlockMerge
 from lightning_merge.states import StateDict
 
 
@@ -17,8 +18,6 @@ from lightning_merge.states import StateDict
 @dataclass(frozen=True, kw_only=True)
 class Average(WeightMethod):
     """Averages the experts; the base does not enter."""
-
-    elementwise: ClassVar[bool] = True
 
     weights: dict[str, float] | None = None
     """Weight of each expert by task, divided by their sum; null: all alike."""
@@ -49,6 +48,13 @@ class Average(WeightMethod):
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
         return self.average_tensor(experts).to(base.dtype)
+
+    def block_merge(self, name: str) -> BlockMerge:
+        """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
+        return self._merge_rows
+
+    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        return average(experts, self._vector(len(experts))).to(base.dtype)
 
     def average_tensor(self, experts: Tensor) -> Tensor:
         """Weighted average of ``(T, *shape)``; running statistics get the same weights."""

@@ -1,9 +1,10 @@
 """The two kinds of merging methods: from weights alone, and from weights and calibration data."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lightning_merge.functional.average import average
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
-from lightning_merge.methods.walk import map_blocks, stack_parameter
+from lightning_merge.methods.walk import BlockMerge, map_blocks, scaled, stack_parameter
 from lightning_merge.states import (
     STATISTIC_SUFFIXES,
     StateDict,
@@ -36,9 +37,6 @@ class MergeMethod(ABC):  # noqa: B024 (the two kinds take different arguments)
 @dataclass(frozen=True, kw_only=True)
 class WeightMethod(MergeMethod):
     """A method that needs nothing but weights, one parameter at a time."""
-
-    elementwise: ClassVar[bool] = False
-    """Whether :meth:`merge_tensor` treats every entry alike, and may be given flat blocks."""
 
     include: tuple[str, ...] = ("*",)
     """Shell patterns of the parameters that the method merges."""
@@ -144,6 +142,30 @@ class WeightMethod(MergeMethod):
         value = base[name].detach()
         return task_vectors_of(value, stack_parameter(name, value, experts, factors))
 
+    def task_vector(
+        self, name: str, base: StateDict, task: str, expert: StateDict, stride: int = 1
+    ) -> Tensor:
+        """Every ``stride``-th entry of one task vector of one parameter, flat.
+
+        Bit for bit those of :meth:`task_vectors`.
+        """
+        origin = base[name].detach().reshape(-1)[::stride]
+        value = expert[name].detach().reshape(-1)[::stride].to(origin.device)
+        factors = coefficients_of(name, (task,), self.coefficients)
+        vector = task_vectors_of(origin, scaled(origin, value[None], factors))[0]
+        if not math.isfinite(float(vector.sum())):
+            check_finite(name, "the base", base[name])
+            check_finite(name, f"expert '{task}'", expert[name])
+        return vector
+
+    def block_merge(self, name: str) -> BlockMerge | None:
+        """What merges one parameter block by block, without stacking, where a method can do that.
+
+        It gives what :meth:`merge_tensor` gives, and shows every NaN and infinity in its result,
+        as linear combinations do.
+        """
+        return None
+
     def average_tensor(self, experts: Tensor) -> Tensor:
         """Average of ``(T, *shape)`` for entries that the method does not merge."""
         return average(experts, torch.ones(len(experts), dtype=torch.float64))
@@ -152,6 +174,14 @@ class WeightMethod(MergeMethod):
         """This method with another :meth:`merge_tensor`: one that knows the whole model."""
         shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
         return _Bound(**shared, function=function)
+
+    def bound_to_blocks(self, merger: Callable[[str], BlockMerge]) -> "WeightMethod":
+        """This method, walking by blocks with what ``merger`` gives for each parameter's name.
+
+        The merger's checks must find NaN and infinity where they can get lost in a merge.
+        """
+        shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
+        return _BoundToBlocks(**shared, merger=merger)
 
     def _merge_entry(self, name: str, value: Tensor, experts: Mapping[str, StateDict]) -> Tensor:
         value = value.detach()
@@ -163,8 +193,9 @@ class WeightMethod(MergeMethod):
             stacked = stack_parameter(name, value, experts, [1.0] * len(experts))
             return self.average_tensor(stacked).to(value.dtype)
         factors = coefficients_of(name, tuple(experts), self.coefficients)
-        if self.elementwise:
-            return map_blocks(self.merge_tensor, name, value, experts, factors)
+        block_merge = self.block_merge(name)
+        if block_merge is not None:
+            return map_blocks(block_merge, name, value, experts, factors)
         return self.merge_tensor(name, value, stack_parameter(name, value, experts, factors))
 
 
@@ -177,6 +208,21 @@ class _Bound(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         return self.function(name, base, experts)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _BoundToBlocks(WeightMethod):
+    """What :meth:`WeightMethod.bound_to_blocks` gives."""
+
+    merger: Callable[[str], BlockMerge]
+
+    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        block = self.merger(name)(name, base.reshape(-1), list(experts.reshape(len(experts), -1)))
+        return block.view(base.shape)
+
+    def block_merge(self, name: str) -> BlockMerge:
+        return self.merger(name)
 
 
 @dataclass(frozen=True, kw_only=True)

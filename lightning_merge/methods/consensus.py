@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from lightning_merge.states import StateDict
 @dataclass(frozen=True, kw_only=True)
 class Consensus(WeightMethod):
     """Task arithmetic without the entries that matter to too few tasks (TALL masks)."""
-
-    elementwise: ClassVar[bool] = True
 
     scale: float = 0.3
     """Coefficient λ of what is kept of the summed task vectors."""

@@ -1,7 +1,8 @@
 """Task arithmetic: the base plus the scaled sum of the task vectors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -9,14 +10,13 @@ from torch import Tensor
 from lightning_merge.functional.task_arithmetic import task_arithmetic
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_scale
+from lightning_merge.methods.walk import BlockMerge
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class TaskArithmetic(WeightMethod):
     """Adds the scaled sum of the experts' task vectors to the base."""
-
-    elementwise: ClassVar[bool] = True
 
     scale: float = 0.3
     """Coefficient λ shared by all task vectors; dimensionless, in [0, 1] in the paper."""
@@ -26,4 +26,12 @@ class TaskArithmetic(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return task_arithmetic(base, experts, torch.full((len(experts),), self.scale))
+        return self._merge_rows(name, base, list(experts))
+
+    def block_merge(self, name: str) -> BlockMerge:
+        """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
+        return self._merge_rows
+
+    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        coefficients = torch.full((len(experts),), self.scale, dtype=torch.float64)
+        return task_arithmetic(base, experts, coefficients)

@@ -1,7 +1,7 @@
 """TIES: keep the largest entries, agree on a sign, merge what has it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal, final
@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_merge.functional.selection import largest, num_kept
+from lightning_merge.functional.parallel import map_on_cores
+from lightning_merge.functional.selection import Cut, largest, num_kept
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
 from lightning_merge.functional.ties import Combine, ZeroSign, elect, sign_consensus, trim, trim_by
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_density, check_scale
+from lightning_merge.methods.rules import coefficients_of
+from lightning_merge.methods.walk import BlockMerge, map_blocks
 from lightning_merge.states import StateDict, shape_of
 
 
@@ -43,50 +46,102 @@ class TIES(WeightMethod):
         check_scale(self.scale)
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
-        """Find the cuts over the whole model, reading one parameter of one expert at a time."""
-        if self.scope == "tensor":
-            return self
+        """Find the cuts of the scope in passes of their own, so that the merge can go by blocks."""
+        model = _Model(self, base, experts)
         names = self.method_names(base)
-        size = sum(math.prod(shape_of(base, name)) for name in names)
-        kept = num_kept(self.density, size)
-        cuts: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
-        for task in experts:
-            cut = largest(partial(self._chunks, names, base, experts, task), size, kept)
-            for name, ties in zip(names, cut.ties, strict=True):
-                cuts[name].append((cut.threshold, ties))
-
-        @cache
-        def majority() -> float:
-            # a pass of its own, only if task vectors cancel somewhere: rare in real weights
-            signs = (
-                elect(_trimmed(self.task_vectors(name, base, experts), cuts[name]))
-                for name in names
-            )
-            return float(np.sign(sum(float(sign.sum(dtype=torch.float64)) for sign in signs)))
-
-        def merge_tensor(name: str, value: Tensor, stacked: Tensor) -> Tensor:
-            trimmed = _trimmed(task_vectors_of(value, stacked), cuts[name])
-            return self._add(value, trimmed, majority)
-
-        return self.bound_to(merge_tensor)
+        if self.scope == "tensor":
+            return self.bound_to_blocks(lambda name: self._merger(model, [name], name))
+        cuts = model.cuts(names)
+        majority = cache(lambda: model.majority_sign(names, cuts))
+        return self.bound_to_blocks(
+            lambda name: partial(self._merge_block, _Trim(cuts[name]), majority)
+        )
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, trimmed on its own: the scope ``tensor``."""
-        return self._add(base, trim(task_vectors_of(base, experts), self.density))
+        trimmed = trim(task_vectors_of(base, experts), self.density)
+        return add_update(base, sign_consensus(trimmed, self.combine, self.zero_sign), self.scale)
 
-    def _add(
-        self, base: Tensor, trimmed: Tensor, majority: Callable[[], float] | None = None
+    def _merger(self, model: "_Model", scope: list[str], name: str) -> BlockMerge:
+        cuts = model.cuts(scope)
+        majority = cache(lambda: model.majority_sign(scope, cuts))
+        return partial(self._merge_block, _Trim(cuts[name]), majority)
+
+    def _merge_block(
+        self,
+        trim: "_Trim",
+        majority: Callable[[], float],
+        name: str,
+        base: Tensor,
+        rows: Sequence[Tensor],
     ) -> Tensor:
+        trimmed = trim(base, rows)
         update = sign_consensus(trimmed, self.combine, self.zero_sign, majority)
         return add_update(base, update, self.scale)
 
-    def _chunks(
-        self, names: list[str], base: StateDict, experts: Mapping[str, StateDict], task: str
-    ) -> Iterator[Tensor]:
+
+class _Trim:
+    """Trims one parameter block by block, in flat order: keeps count of the ties still to keep."""
+
+    def __init__(self, cuts: Sequence[tuple[float, int]]) -> None:
+        self.thresholds = [threshold for threshold, _ in cuts]
+        self.ties = [ties for _, ties in cuts]
+
+    def __call__(self, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        trimmed = None
+        for t, row in enumerate(rows):
+            task_vector = task_vectors_of(base, row[None])[0]
+            if trimmed is None:
+                trimmed = task_vector.new_empty(len(rows), len(row))
+            trimmed[t], used = trim_by(task_vector, self.thresholds[t], self.ties[t])
+            self.ties[t] -= used
+        assert trimmed is not None
+        return trimmed
+
+
+def _elected(trim: _Trim, name: str, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    return elect(trim(base, rows))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A base and its experts, read one parameter at a time."""
+
+    method: TIES
+    base: StateDict
+    experts: Mapping[str, StateDict]
+
+    def cuts(self, names: list[str]) -> dict[str, list[tuple[float, int]]]:
+        """Threshold and ties to keep of every expert, in each of the parameters of one scope."""
+        size = sum(math.prod(shape_of(self.base, name)) for name in names)
+        kept = num_kept(self.method.density, size)
+
+        def find(task: str) -> Cut:
+            chunks = partial(self._chunks, names, task)
+            return largest(chunks, size, kept, sample=chunks)
+
+        cuts: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+        for cut in map_on_cores(find, self.experts, size=size):
+            for name, ties in zip(names, cut.ties, strict=True):
+                cuts[name].append((cut.threshold, ties))
+        return cuts
+
+    def majority_sign(
+        self, names: list[str], cuts: Mapping[str, Sequence[tuple[float, int]]]
+    ) -> float:
+        """Sign of most entries of the scope: a pass of its own, asked for only where needed."""
+        total = 0.0
         for name in names:
-            yield self.task_vectors(name, base, {task: experts[task]}).reshape(-1)
+            signs = map_blocks(
+                partial(_elected, _Trim(cuts[name])),
+                name,
+                self.base[name].detach(),
+                self.experts,
+                coefficients_of(name, tuple(self.experts), self.method.coefficients),
+            )
+            total += float(signs.sum(dtype=torch.float64))
+        return float(np.sign(total))
 
-
-def _trimmed(task_vectors: Tensor, cuts: list[tuple[float, int]]) -> Tensor:
-    rows = zip(task_vectors, cuts, strict=True)
-    return torch.stack([trim_by(row, threshold, ties) for row, (threshold, ties) in rows])
+    def _chunks(self, names: list[str], task: str, stride: int = 1) -> Iterator[Tensor]:
+        for name in names:
+            yield self.method.task_vector(name, self.base, task, self.experts[task], stride)

@@ -1,6 +1,8 @@
 """Reading one parameter of all experts: stacked whole, or in blocks that stay in the cache."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,7 +10,11 @@ from torch import Tensor
 from lightning_merge.states import StateDict, check_finite
 
 BLOCK = 1 << 17
-"""Entries of one parameter that an element-wise method sees at once: eight experts fit in L3."""
+"""Entries of one parameter that a linear method sees at once, so that they stay in the cache."""
+
+
+BlockMerge: TypeAlias = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
+"""Merges a flat block of a parameter: its name, the base ``(n,)``, and a block of each expert."""
 
 
 def stack_parameter(
@@ -29,47 +35,50 @@ def stack_parameter(
     Raises:
         ValueError: If a value is not finite.
     """
-    values = [expert[name] for expert in experts.values()]
+    values = [expert[name].detach() for expert in experts.values()]
     stacked = torch.empty((len(values), *base.shape), dtype=_common(values), device=base.device)
     for row, value in zip(stacked, values, strict=True):
         row.copy_(value)
-    _check_all_finite(name, base, stacked, values, experts)
+    if not _finite(stacked) or not _finite(base):
+        _check_each(name, base, values, experts)
     return scaled(base, stacked, coefficients)
 
 
-def blocks(
-    name: str, base: Tensor, experts: Mapping[str, StateDict], coefficients: Sequence[float]
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield a parameter in blocks: its slice, the base ``(n,)`` and the experts ``(T, n)``.
-
-    The blocks follow the flat order of entries. The experts' block is overwritten by the next one;
-    arguments and errors as in :func:`stack_parameter`.
-    """
-    values = [expert[name] for expert in experts.values()]
-    flat = [value.reshape(-1) for value in values]
-    flat_base = base.reshape(-1)
-    width = min(BLOCK, len(flat_base))
-    scratch = torch.empty((len(values), width), dtype=_common(values), device=base.device)
-    for start in range(0, len(flat_base), BLOCK):
-        part = slice(start, min(start + BLOCK, len(flat_base)))
-        block = scratch[:, : part.stop - part.start]
-        for row, value in zip(block, flat, strict=True):
-            row.copy_(value[part])
-        _check_all_finite(name, flat_base[part], block, values, experts)
-        yield part, flat_base[part], scaled(flat_base[part], block, coefficients)
-
-
 def map_blocks(
-    function: Callable[[str, Tensor, Tensor], Tensor],
+    function: BlockMerge,
     name: str,
     base: Tensor,
     experts: Mapping[str, StateDict],
     coefficients: Sequence[float],
 ) -> Tensor:
-    """Apply an element-wise merge block by block; the same values as on the whole stack."""
+    """Apply an element-wise merge block by block: nothing is copied, intermediates stay in cache.
+
+    Args:
+        function: Called for one block after the other, in flat order.
+        name: The parameter.
+        base: Its pre-trained value, of any shape.
+        experts: State dicts of the experts.
+        coefficients: One per expert.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    values = [expert[name].detach() for expert in experts.values()]
+    dtype = _common(values)
+    flat = [value.reshape(-1).to(base.device, dtype) for value in values]
+    flat_base = base.reshape(-1)
     merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
-    for part, origin, block in blocks(name, base, experts, coefficients):
-        merged[part] = function(name, origin, block)
+    plain = all(coefficient == 1.0 for coefficient in coefficients)
+    for start in range(0, len(flat_base), BLOCK):
+        part = slice(start, start + BLOCK)
+        origin, rows = flat_base[part], [value[part] for value in flat]
+        if not plain:
+            rows = list(scaled(origin, torch.stack(rows), coefficients))
+        merged[part] = block = function(name, origin, rows)
+        # not a single value of the experts is lost in an element-wise merge, except where weights
+        # are zero, and there NaN and infinity times zero are NaN: the result shows them all
+        if not _finite(block) or not _finite(origin):
+            _check_each(name, base, values, experts)
     return merged.view(base.shape)
 
 
@@ -90,18 +99,16 @@ def _common(values: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _check_all_finite(
-    name: str,
-    base: Tensor,
-    block: Tensor,
-    values: Sequence[Tensor],
-    experts: Mapping[str, StateDict],
-) -> None:
+def _finite(block: Tensor) -> bool:
     # A sum is finite only if every term is, and costs one pass with nothing written; a sum that
     # overflows although its terms are finite only leads to the exact check.
     wide = torch.promote_types(block.dtype, torch.float32)
-    if bool(torch.isfinite(block.sum(dtype=wide) + base.sum(dtype=wide))):
-        return
+    return math.isfinite(float(block.sum(dtype=wide)))
+
+
+def _check_each(
+    name: str, base: Tensor, values: Sequence[Tensor], experts: Mapping[str, StateDict]
+) -> None:
     check_finite(name, "the base", base)
     for task, value in zip(experts, values, strict=True):
         check_finite(name, f"expert '{task}'", value)

@@ -36,17 +36,16 @@ def test_exact_with_ties_for_every_sample_size(values, share, splits, sample):
     kept = round(share * len(values))
     chunks = sorted(min(split, len(values)) for split in splits)
     parts = [torch.tensor(part) for part in np.split(values, chunks)]
-    before, selection.SAMPLE = selection.SAMPLE, sample
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "SMALL", sample)
+        patch.setattr(selection, "BLOCK", 7)
         cut = largest(lambda: parts, len(values), kept)
-    finally:
-        selection.SAMPLE = before
     np.testing.assert_array_equal(kept_mask(values, cut, chunks), reference_mask(values, kept))
 
 
 @pytest.mark.parametrize("order", ["random", "sorted", "reversed"])
 def test_exact_where_the_sample_misleads(order, monkeypatch):
-    monkeypatch.setattr(selection, "SAMPLE", 50)
+    monkeypatch.setattr(selection, "SMALL", 50)
     values = np.random.default_rng(0).normal(size=5000).astype(np.float32)
     # every hundredth entry is sampled: make those small, so that the bracket misses
     values[::100] *= 1e-3

@@ -41,7 +41,7 @@ def test_equation(data, density):
             row = np.asarray(expert[name] - value, np.float64).ravel()
             kept = min(len(row), max(1, round(density * len(row))))
             top = min(round(0.2 * len(row)), len(row) - kept)
-            order = sorted(range(len(row)), key=lambda j: (abs(row[j]), j))
+            order = sorted(range(len(row)), key=lambda j: (abs(row[j]), -j))
             chosen = order[len(row) - top - kept : len(row) - top]
             total[chosen] += row[chosen]
         expected = np.asarray(value, np.float64) + 0.5 * total.reshape(value.shape)

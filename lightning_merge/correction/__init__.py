@@ -5,6 +5,7 @@ from lightning_merge.correction.head_maps import HeadMetric
 from lightning_merge.correction.linear_map import LinearMap
 from lightning_merge.correction.search import BetaSearch
 from lightning_merge.correction.statistics import CorrectionStatistics
+from lightning_merge.correction.validation import HeldOutError, cross_validated_errors
 from lightning_merge.functional.preference import as_preference, as_preferences
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "ClosedFormCorrection",
     "CorrectionStatistics",
     "HeadMetric",
+    "HeldOutError",
     "LinearMap",
     "as_preference",
     "as_preferences",
+    "cross_validated_errors",
 ]

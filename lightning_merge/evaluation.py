@@ -161,15 +161,12 @@ class _StackedHead(nn.Module):
     Folded weights of P preferences are one ``(P+1) K x d`` matrix.
     """
 
-    def __init__(self, head: nn.Module, model: MergedModel, task: str, preferences: Tensor) -> None:
+    def __init__(self, head: nn.Module, path: str, weights: Tensor, biases: Tensor) -> None:
         super().__init__()
-        weight, bias = model.linear_heads()[task]
-        weights, biases = model.correction.fold(preferences, task, weight, bias)
-        if biases is None:
-            biases = weights.new_zeros(weights.shape[:2])
-        own_bias = weight.new_zeros(len(weight)) if bias is None else bias
+        name, layer = first_linear(head, path)
+        weight = layer.weight.detach()
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
         joined = torch.cat([weights.to(weight), weight.unsqueeze(0)])
-        self.copies = len(joined)
         self.width = len(weight)
         self.linear = _StackedLinear(joined, torch.cat([biases.to(weight), bias.unsqueeze(0)]))
         if name:

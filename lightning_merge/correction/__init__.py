@@ -6,6 +6,7 @@ from lightning_merge.correction.linear_map import LinearMap
 from lightning_merge.correction.options import CorrectionOptions
 from lightning_merge.correction.search import BetaSearch
 from lightning_merge.correction.statistics import CorrectionStatistics
+from lightning_merge.correction.validation import HeldOutError, cross_validated_errors
 from lightning_merge.functional.preference import as_preference, as_preferences
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "CorrectionOptions",
     "CorrectionStatistics",
     "HeadMetric",
+    "HeldOutError",
     "LinearMap",
     "as_preference",
     "as_preferences",
+    "cross_validated_errors",
 ]

@@ -18,7 +18,7 @@ from lightning_merge.correction.fitted import FitOptions, FittedTasks, Head, Pri
 from lightning_merge.correction.front import EdgeFront
 from lightning_merge.correction.head_maps import HeadMetric
 from lightning_merge.correction.linear_map import LinearMap
-from lightning_merge.correction.mixture import needs_limit
+from lightning_merge.correction.mixture import HeadRows, needs_limit
 from lightning_merge.correction.report import task_reports
 from lightning_merge.correction.search import BetaSearch
 from lightning_merge.correction.solver import Aggregation, MixtureSolver, Scalarization
@@ -318,9 +318,10 @@ class ClosedFormCorrection:
         check_heads(heads, self.statistics)
         device = next(iter(self.statistics.values())).device
         wide = {t: H.detach().to(device, torch.float64) for t, (H, _) in heads.items()}
-        stacked = torch.cat(list(wide.values()))
-        for chunk in P.split(self._chunk(len(P), rows=len(stacked))):
-            rows = self.solver.maps(chunk, stacked).split([len(H) for H in wide.values()], dim=1)
+        stacked = HeadRows(torch.cat(list(wide.values())), points=len(P))
+        sizes = [len(H) for H in wide.values()]
+        for chunk in P.split(self._chunk(len(P), rows=sum(sizes))):
+            rows = self.solver.maps(chunk, stacked).split(sizes, dim=1)
             yield {
                 task: self._folded(task, part, H, heads[task][1])
                 for (task, H), part in zip(wide.items(), rows, strict=True)

@@ -66,6 +66,13 @@ class FittedTasks:
         if task not in self._fits:
             total = _checked_total(task, self.statistics[task])
             options = self.options
+            if options.bias != "none" and total.cancels:
+                warnings.warn(
+                    f"task '{task}': the mean holds nearly all energy of the merged features, so "
+                    "moments about it have lost their digits. Subtract a fixed vector near the "
+                    "mean from the features of both backbones before calibration.",
+                    stacklevel=2,
+                )
             self._fits[task] = TaskFit(
                 task=task,
                 choice=self.choice(task),
@@ -110,14 +117,26 @@ class FittedTasks:
         if found is None:
             return fallback(problem)
         self.found[task] = found
-        if found.at_edge and found.score > 1e-12 * problem.total.energy:
+        self._warn(task, found, problem.total.energy)
+        return found.choice
+
+    def _warn(self, task: str, found: Found, energy: float) -> None:
+        held_out = self.options.search.criterion == "kfold"
+        if held_out and found.baseline is not None and found.score > found.baseline + 1e-9 * energy:
+            warnings.warn(
+                f"task '{task}': on held-out samples the correction is worse than none (squared "
+                f"error {found.score:.3g} against {found.baseline:.3g}). Calibrate on more samples"
+                + (", or use bias='none'." if self.options.bias != "none" else ".")
+                + " With beta='auto', prior='auto' and no bias it would be no worse.",
+                stacklevel=3,
+            )
+        if found.at_edge and found.score > 1e-12 * energy:
             warnings.warn(
                 f"task '{task}': the best ridge is the weakest that was tried "
                 f"({found.betas[0]:.0e} of the mean feature energy). Give beta yourself if a "
                 "weaker one is meant.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return found.choice
 
     def problem(self, task: str) -> SearchProblem:
         """The search for the prior and ridge of a task."""

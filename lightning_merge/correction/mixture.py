@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,24 +11,74 @@ from lightning_merge.correction.fit import TaskFit
 from lightning_merge.functional.ridge import ridgeless, solve_right
 
 
-def mixed_maps(fits: Sequence[TaskFit], weights: Tensor, heads: Tensor | None = None) -> Tensor:
+@dataclass
+class HeadRows:
+    """Stacked rows of linear heads that read the maps, for a known number of preferences."""
+
+    weight: Tensor
+    """H, (R, k)."""
+    points: int
+    """Preferences that will be asked for."""
+    _read: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    def targets(self, fits: Sequence[TaskFit]) -> Tensor | None:
+        """H N_t of every task, (T, R, D), if that saves work over the preferences.
+
+        Made once, they spare a product of R k D for every preference, and solve for R rows.
+        """
+        work = len(self.weight) * len(fits)
+        if self.points == 1 or work >= self.weight.shape[1] * self.points:
+            return None
+        key = tuple(fit.task for fit in fits)
+        if key not in self._read:
+            self._read[key] = torch.stack([self.weight @ fit.target for fit in fits])
+        return self._read[key]
+
+
+def mixed_maps(
+    fits: Sequence[TaskFit],
+    weights: Tensor,
+    heads: HeadRows | None = None,
+) -> Tensor:
     r"""Minimise :math:`\sum_t w_t L_t(W)`: :math:`W = (\sum w_t N_t)(\sum w_t C_t)^{-1}`.
 
     Args:
         fits: The T tasks, of equal widths.
         weights: (P, T), non-negative, each row with a positive entry.
-        heads: Read-outs H N_t of the targets, (T, K, D): solves for ``H W`` in K rows only.
+        heads: Returns ``H W``, solved for in the cheapest order.
 
     Returns:
-        (P, k, D), or (P, K, D) of folded heads.
+        (P, k, D), or (P, R, D) of folded heads.
     """
     assert not any(math.isinf(fit.ridge) for fit in fits)
-    targets = torch.stack([fit.target for fit in fits]) if heads is None else heads
-    curvatures = torch.stack([fit.curvature for fit in fits])
-    w = weights.to(curvatures)
     # Weights are only a direction: with a largest of one, the sums keep the scale of the data.
+    w = weights.to(fits[0].curvature)
     w = w / w.amax(1, keepdim=True)
-    return solve_right(_mix(w, targets), _mix(w, curvatures))
+    curvature = mixed(w, [fit.curvature for fit in fits])
+    read = None if heads is None else heads.targets(fits)
+    if read is not None:
+        return solve_right(mixed(w, list(read)), curvature)
+    target = mixed(w, [fit.target for fit in fits])
+    if heads is None:
+        return solve_right(target, curvature)
+    if len(heads.weight) < target.shape[1]:
+        return solve_right(heads.weight @ target, curvature)
+    return heads.weight @ solve_right(target, curvature)
+
+
+def mixed(weights: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Weighted sums of matrices, (P, k, D) for weights (P, T)."""
+    if len(weights) > 2:
+        stack = torch.stack(list(matrices))
+        return (weights @ stack.flatten(1)).unflatten(1, stack.shape[1:])
+    # For one preference, stacking would move more memory than the sum itself.
+    sums = []
+    for row in weights.tolist():
+        total = row[0] * matrices[0]
+        for w, matrix in zip(row[1:], matrices[1:], strict=True):
+            total.add_(matrix, alpha=w)
+        sums.append(total)
+    return torch.stack(sums) if len(sums) > 1 else sums[0][None]
 
 
 def needs_limit(fits: Sequence[TaskFit]) -> bool:
@@ -55,8 +106,8 @@ def limit_map(fits: Sequence[TaskFit], weights: Tensor) -> Tensor:
     ]
     prior = torch.stack([u * W0 for u, W0 in pairs]).sum(0) / math.fsum(u for u, _ in pairs)
     w = weights.to(prior)[None]
-    C = _mix(w, torch.stack([fit.curvature for fit in fits]))[0]
-    N = _mix(w, torch.stack([fit.target for fit in fits]))[0]
+    C = mixed(w, [fit.curvature for fit in fits])[0]
+    N = mixed(w, [fit.target for fit in fits])[0]
     d = prior.shape[1]
     if C.shape[1] == d:
         return prior if any(infinite) else ridgeless(N, C, prior)
@@ -66,8 +117,3 @@ def limit_map(fits: Sequence[TaskFit], weights: Tensor) -> Tensor:
     cross = N[:, :d] - n * torch.outer(offset, mean)
     W = prior if any(infinite) else ridgeless(cross, gram, prior)
     return torch.cat([W, (offset - W @ mean)[:, None]], 1)
-
-
-def _mix(weights: Tensor, matrices: Tensor) -> Tensor:
-    shape = matrices.shape[1:]
-    return (weights @ matrices.flatten(1)).unflatten(1, shape)

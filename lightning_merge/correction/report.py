@@ -36,7 +36,9 @@ def task_reports(correction: "ClosedFormCorrection") -> dict[str, dict[str, Any]
             energy = correction.fitted.energy(task)
             report["cross_validation"] = {
                 "relative_error": _plain(found.score / energy),
-                "relative_error_of_doing_nothing": _plain(found.baseline / energy),
+                "relative_error_of_doing_nothing": None
+                if found.baseline is None
+                else found.baseline / energy,
                 "betas": found.betas,
                 "curve": [_plain(value / energy) for value in found.curve],
                 "at_edge": found.at_edge,

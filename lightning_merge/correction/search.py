@@ -61,8 +61,8 @@ class Found:
     choice: Choice
     score: float
     """Its held-out squared error (or score) on all samples."""
-    baseline: float
-    """The held-out squared error of doing nothing (k = d), else of the prior alone."""
+    baseline: float | None
+    """The squared error of doing nothing; None for unequal widths."""
     betas: list[float]
     """Relative ridges tried with the prior that was chosen."""
     curve: list[float]
@@ -145,7 +145,7 @@ def _search_folds(problem: SearchProblem, options: BetaSearch) -> Found | None:
     return Found(
         choice=choice,
         score=score + offset,
-        baseline=offset + sum(map(_baseline, curves, splits, [problem] * len(splits))),
+        baseline=_doing_nothing(problem),
         betas=grid.tolist() if problem.beta is None else [beta],
         curve=(scores.sum(0) + offset).tolist(),
         at_edge=problem.beta is None and beta <= float(GRID[0]) * (1 + 1e-9),
@@ -159,14 +159,13 @@ def _fixed_unit(problem: SearchProblem, train: Moments) -> float:
     return max(problem.beta * beta_unit(problem.beta_mode, train), smallest)
 
 
-def _baseline(curve: HeldOutCurve, split: Split, problem: SearchProblem) -> float:
-    fold = split[1]
-    k, d = fold.cross.shape
+def _doing_nothing(problem: SearchProblem) -> float | None:
+    """Error of the merged features as they are; nothing is fitted, so nothing is held out."""
+    k, d = problem.total.cross.shape
     if k != d:
-        return curve.prior_error
-    eye = torch.eye(k).to(fold.cross)
-    read = eye if problem.rows is None else problem.rows
-    return fold.read_by(problem.rows).error(read)
+        return None
+    read = torch.eye(k).to(problem.total.cross) if problem.rows is None else problem.rows
+    return problem.total.read_by(problem.rows).error(read)
 
 
 def _split(problem: SearchProblem, fold: Moments) -> Split:
@@ -315,7 +314,7 @@ def _search_in_sample(problem: SearchProblem, options: BetaSearch) -> Found:
     return Found(
         choice=_in_units(replace(candidate, beta=beta, searched=True), problem),
         score=score,
-        baseline=limit,
+        baseline=_doing_nothing(problem),
         betas=GRID.tolist(),
         curve=curve.tolist(),
         at_edge=beta <= float(GRID[0]) * (1 + 1e-9),

@@ -11,7 +11,7 @@ from lightning_merge.correction.checks import check_widths
 from lightning_merge.correction.fit import TaskFit
 from lightning_merge.correction.fitted import FittedTasks
 from lightning_merge.correction.head_maps import HeadSolver
-from lightning_merge.correction.mixture import limit_map, mixed_maps, needs_limit
+from lightning_merge.correction.mixture import HeadRows, limit_map, mixed_maps, needs_limit
 from lightning_merge.functional.chebyshev import chebyshev_weights
 
 Scalarization = Literal["linear", "chebyshev"]
@@ -70,8 +70,8 @@ class MixtureSolver:
         weights[active] = found
         return weights
 
-    def maps(self, preferences: Tensor, heads: Tensor | None = None) -> Tensor:
-        """Maps (P, k, D), or ``heads @ maps`` (P, K, D), for checked preferences (P, T)."""
+    def maps(self, preferences: Tensor, heads: HeadRows | None = None) -> Tensor:
+        """Maps (P, k, D), or ``heads.weight @ maps`` (P, K, D), for checked preferences (P, T)."""
         used = preferences.any(0)
         names = [t for t, flag in zip(self.tasks, used.tolist(), strict=True) if flag]
         check_widths({name: self.fitted.statistics[name] for name in names})
@@ -79,17 +79,17 @@ class MixtureSolver:
             own = [self.fitted.fit(name).own for name in names]
             mix = averaged_maps if self.aggregation == "average" else polar_averaged_maps
             maps = mix(own, preferences[:, used])
-            return maps if heads is None else heads @ maps
+            return maps if heads is None else heads.weight @ maps
         return self._weighted_maps(names, self.weights(preferences)[:, used], heads)
 
     def _weighted_maps(
-        self, names: list[str], weights: Tensor, heads: Tensor | None = None
+        self, names: list[str], weights: Tensor, heads: HeadRows | None = None
     ) -> Tensor:
         fits = [self.fitted.fit(name) for name in names]
         if self.fitted.heads is None:
             return shared_maps(fits, weights, heads)
         maps = self._solver(names).maps(weights, shared_maps(fits, weights, None))
-        return maps if heads is None else heads @ maps
+        return maps if heads is None else heads.weight @ maps
 
     def _solver(self, names: list[str]) -> HeadSolver:
         key = tuple(names)
@@ -103,17 +103,16 @@ class MixtureSolver:
         return self._solvers[key]
 
 
-def shared_maps(fits: list[TaskFit], weights: Tensor, heads: Tensor | None) -> Tensor:
-    """Maps of the representation metric, or ``heads @ maps``, limits of the ridge included."""
+def shared_maps(fits: list[TaskFit], weights: Tensor, heads: HeadRows | None) -> Tensor:
+    """Maps of the representation metric, or heads times maps, limits of the ridge included."""
     if any(needs_limit(_used(fits, row)) for row in weights):
         rows = []
         for row in weights:
             used, w = _used(fits, row), row[row > 0]
             single = limit_map(used, w)[None] if needs_limit(used) else mixed_maps(used, w[None])
-            rows.append(single if heads is None else heads @ single)
+            rows.append(single if heads is None else heads.weight @ single)
         return torch.cat(rows)
-    targets = None if heads is None else torch.stack([heads @ fit.target for fit in fits])
-    return mixed_maps(fits, weights, targets)
+    return mixed_maps(fits, weights, heads)
 
 
 def _used(fits: list[TaskFit], weights: Tensor) -> list[TaskFit]:

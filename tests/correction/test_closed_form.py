@@ -404,6 +404,29 @@ def test_empty_tasks(make_features: Callable, make_statistics: Callable) -> None
         correction.solve([1, 1])
 
 
+def test_scales_that_do_not_exist(make_features: Callable, make_statistics: Callable) -> None:
+    Z = make_features({"a": 20})["a"][0]
+    same = make_statistics({"a": (Z, Z)})
+    with pytest.raises(ValueError, match="nothing to recover"):
+        fixed(same, task_scale="per_gap").solve([1])
+    constant = make_statistics({"a": (Z, torch.ones_like(Z))})
+    with pytest.raises(ValueError, match="no energy"):
+        fixed(constant, bias="per_task", prior="identity").solve([1])
+    with pytest.raises(ValueError, match="finite beta"):
+        fixed(same, task_scale="per_gap", beta=math.inf).solve([1])
+    with pytest.raises(ValueError, match="finite beta"):
+        fixed(same, scalarization="chebyshev", beta=math.inf).solve([1])
+
+
+def test_per_gap_of_unequal_widths(make_features: Callable, make_statistics: Callable) -> None:
+    statistics = make_statistics(make_features(LARGE, k=4))
+    correction = fixed(statistics, task_scale="per_gap")
+    equal = fixed(statistics).solve([1, 1, 1]).weight
+    for task in LARGE:
+        gap = float(correction.fitted.fit(task).excess(equal))
+        assert correction.fitted.scale(task) == pytest.approx(1 / gap)
+
+
 def test_nothing_to_align(make_features: Callable, make_statistics: Callable) -> None:
     Z = make_features({"a": 20})["a"][0]
     correction = fixed(make_statistics({"a": (Z, 0 * Z)}))

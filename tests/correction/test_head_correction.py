@@ -6,13 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_merge.correction import ClosedFormCorrection, CorrectionStatistics, HeadMetric
+from lightning_merge.correction import (
+    BetaSearch,
+    ClosedFormCorrection,
+    CorrectionStatistics,
+    HeadMetric,
+)
 from lightning_merge.correction.sums import fold_of
 from lightning_merge.correction.validation import cross_validated_errors
 from lightning_merge.functional.head_metric import readout
 
 SIZES = {"a": 30, "b": 25, "c": 40}
 FIXED = {"beta": 1e-2, "prior": "procrustes"}
+QUICK = BetaSearch(anchors=(0.0, 1.0))
 
 
 def heads_of(rows: int, k: int = 9, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
@@ -198,9 +204,9 @@ def test_held_out_errors_equal_refitting(
     heads = heads_of(4) if behind_heads else None
     if bias == "per_task":  # energies are then centred
         features = {t: (Z, Y - Y.mean(0)) for t, (Z, Y) in features.items()}
-    correction = ClosedFormCorrection(make_statistics(features), bias=bias)
+    correction = ClosedFormCorrection(make_statistics(features), bias=bias, search=QUICK)
     found = cross_validated_errors(correction, p, heads)
-    expected = brute_held_out(features, p, heads, bias=bias)
+    expected = brute_held_out(features, p, heads, bias=bias, search=QUICK)
     for task, error in found.items():
         assert error.corrected == pytest.approx(expected[task][0], rel=1e-6)
         assert error.identity == pytest.approx(expected[task][1], rel=1e-6)
@@ -211,8 +217,8 @@ def test_held_out_errors_rank_metrics(make_features: Callable, make_statistics: 
     """Measured behind heads, the head metric beats the representation metric in a mixture."""
     statistics = make_statistics(make_features(SIZES, d=9, noise=0.05))
     heads = heads_of(4)
-    plain = ClosedFormCorrection(statistics)
-    head = ClosedFormCorrection(statistics, metric="head", heads=heads)
+    plain = ClosedFormCorrection(statistics, search=QUICK)
+    head = ClosedFormCorrection(statistics, metric="head", heads=heads, search=QUICK)
     a, b = (cross_validated_errors(c, [1, 1, 1], heads) for c in (plain, head))
     assert all(b[task].corrected < a[task].corrected for task in SIZES)
     own = cross_validated_errors(head)

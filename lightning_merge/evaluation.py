@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_stat_scores
 
 from lightning_merge.merged import MergedModel
-from lightning_merge.networks import call_network, plain_copy, set_submodule
+from lightning_merge.networks import call_network, first_linear, plain_copy, set_submodule
 from lightning_merge.runtime import Runtime
 
 Loader = Iterable[tuple[Any, Tensor]]

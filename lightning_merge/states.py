@@ -101,9 +101,9 @@ def kind_of(state: StateDict, name: str) -> str:
 def tied_names(state: StateDict) -> dict[str, str]:
     """Names that share one tensor with an earlier name: ``{later name: first name}``.
 
-    Lazily read files hold every tensor once, so they have no ties.
+    Only dictionaries have ties: what a mapping reads from files is new at every look.
     """
-    if isinstance(state, LazyStateDict):
+    if not isinstance(state, dict):
         return {}
     first: dict[tuple[object, ...], str] = {}
     ties: dict[str, str] = {}

@@ -24,6 +24,7 @@ def breadcrumbs(
         drop_top: Fraction of the largest entries dropped, in [0, 1).
 
     Example:
+        >>> import torch
         >>> breadcrumbs(torch.tensor([1.0, -9.0, 3.0, -2.0]), density=0.5, drop_top=0.25)
         tensor([ 0.,  0.,  3., -2.])
     """

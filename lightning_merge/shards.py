@@ -1,0 +1,106 @@
+"""Models in several safetensors files with an index, in the layout of the Hugging Face Hub."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import final
+
+from torch import Tensor
+
+from lightning_merge.files import write_json, write_tensors
+from lightning_merge.states import LazyStateDict
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_sharded(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    sizes: Mapping[str, int],
+    max_bytes: int = 5_000_000_000,
+) -> list[Path]:
+    """Write named tensors as they come, no more than one file's worth in memory.
+
+    Args:
+        folder: Gets ``model-00001-of-0000N.safetensors`` and the index, which is written last;
+            ``model.safetensors`` alone where one file holds everything.
+        tensors: In the order of ``sizes``; ``WeightMethod.stream`` gives them.
+        sizes: Bytes of every tensor, by name; the files are planned from them.
+        max_bytes: Largest size of a file; a larger tensor gets a file of its own.
+
+    Returns:
+        The files, without the index.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes must be at least 1, found {max_bytes}.")
+    shards = plan_shards(sizes, max_bytes)
+    number = max(shards.values(), default=0) + 1
+    names = [
+        "model.safetensors" if number == 1 else f"model-{i + 1:05d}-of-{number:05d}.safetensors"
+        for i in range(number)
+    ]
+    folder, held = Path(folder), dict[str, Tensor]()
+    current = 0
+    for name, tensor in tensors:
+        if shards[name] != current:
+            write_tensors(folder / names[current], held)
+            held, current = {}, shards[name]
+        held[name] = tensor.clone()  # a tied tensor is written under both names
+    write_tensors(folder / names[current], held)
+    if number > 1:
+        weight_map = {name: names[shard] for name, shard in shards.items()}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(folder / INDEX, index)
+    return [folder / name for name in names]
+
+
+def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, int]:
+    """Number of the file of each tensor: filled in order, a new one where the next is too much.
+
+    Example:
+        >>> plan_shards({"a": 3, "b": 3, "c": 9, "d": 1}, max_bytes=6)
+        {'a': 0, 'b': 0, 'c': 1, 'd': 2}
+    """
+    shards: dict[str, int] = {}
+    shard, filled = 0, 0
+    for name, size in sizes.items():
+        if filled and filled + size > max_bytes:
+            shard, filled = shard + 1, 0
+        shards[name] = shard
+        filled += size
+    return shards
+
+
+@final
+class ShardedStateDict(Mapping[str, Tensor]):
+    """A model in several safetensors files, read lazily.
+
+    Args:
+        folder: Holds the index and the files that it names; what is missing or damaged is a
+            ``ValueError`` that names it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        index = Path(folder) / INDEX
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{index} is not a readable index of safetensors files ({error}). Write the model "
+                "again, or open a single file."
+            ) from error
+        self._weight_map: dict[str, str] = dict(weight_map)
+        files = sorted(set(self._weight_map.values()))
+        self._files = {name: LazyStateDict(Path(folder) / name) for name in files}
+        lost = [name for name, file in self._weight_map.items() if name not in self._files[file]]
+        if lost:
+            raise ValueError(f"{index} names {len(lost)} tensors no file holds: {lost[:5]}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[self._weight_map[name]][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weight_map)
+
+    def __len__(self) -> int:
+        return len(self._weight_map)

@@ -168,7 +168,7 @@ class FittedTasks:
         return self.fit(task).fitted.read_by(self.rows(task)).energy
 
     def metric(self, task: str) -> Tensor | None:
-        r"""Metric :math:`S = H^\top H + \\rho I` of a task, (k, k); None is the identity."""
+        r"""Metric :math:`S = H^\top H + \rho I` of a task, (k, k); None is the identity."""
         rows = self.rows(task)
         if rows is None:
             return None

@@ -20,7 +20,7 @@ from lightning_merge.correction.choice import (
 from lightning_merge.correction.fit import Bias
 from lightning_merge.correction.moments import Moments
 from lightning_merge.functional.gcv import ridge_spectrum
-from lightning_merge.functional.kfold import HeldOutCurve, held_out_curve
+from lightning_merge.functional.kfold import HeldOutCurve, RotatedFold, rotated_fold
 from lightning_merge.functional.procrustes import similarity_scale
 
 GRID = torch.logspace(-8, 4, 81, dtype=torch.float64)
@@ -28,8 +28,8 @@ GRID = torch.logspace(-8, 4, 81, dtype=torch.float64)
 ANCHORS = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-Split = tuple[Moments, Moments, tuple[Tensor, Tensor]]
-"""Training moments, held-out moments, and the spectrum of the former."""
+Split = tuple[Moments, Moments, RotatedFold]
+"""Training moments, held-out moments, and both in the eigenbasis of the former."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _search_folds(problem: SearchProblem, options: BetaSearch) -> Found | None:
         grid = torch.ones(1, dtype=torch.float64)
         units = [_fixed_unit(problem, train) for train, _, _ in splits]
     best: tuple[float, Choice, list[HeldOutCurve], Tensor] | None = None
-    rotations: dict[tuple[int, float], Tensor] = {}
+    rotations: dict[tuple[int, float], tuple[Tensor, float]] = {}
     for candidate in problem.candidates:
         curves = [_curve(problem, candidate, f, s, rotations) for f, s in enumerate(splits)]
         scores = _fold_scores(curves, units, grid)
@@ -173,8 +173,11 @@ def _split(problem: SearchProblem, fold: Moments) -> Split:
     if problem.bias != "none":
         fold = fold.shifted(train.mean_merged, train.mean_expert)
         train = train.centred()
-    values, Q = torch.linalg.eigh(train.gram)
-    return train, fold, (values, Q)
+    read_train, read_fold = train.read_by(problem.rows), fold.read_by(problem.rows)
+    rotated = rotated_fold(
+        read_train.cross, train.gram, read_fold.cross, fold.gram, read_fold.energy
+    )
+    return train, fold, rotated
 
 
 def _curve(
@@ -182,27 +185,20 @@ def _curve(
     candidate: Choice,
     number: int,
     split: Split,
-    rotations: dict[tuple[int, float], Tensor],
+    rotations: dict[tuple[int, float], tuple[Tensor, float]],
 ) -> HeldOutCurve:
-    """The curve of one fold; rotations are kept for the scaled prior of the same anchor."""
-    train, fold, spectrum = split
+    """The curve of one fold; turned rotations are kept for the scaled prior of the same anchor."""
+    train, _, rotated = split
     key = (number, candidate.anchor)
     if candidate.prior == "scaled" and key in rotations:
-        rotation = rotations.pop(key)
-        prior = rotation * similarity_scale(rotation, train.cross, train.gram)
-    else:
-        # Refining a prior for k < d takes hundreds of decompositions; folds do without.
-        prior = prior_matrix(
-            candidate, train, given=problem.given, proper=problem.proper, refine=False
-        )
-        if candidate.prior == "procrustes":
-            rotations[key] = prior
-    train, fold = train.read_by(problem.rows), fold.read_by(problem.rows)
-    if problem.rows is not None:
-        prior = problem.rows @ prior
-    return held_out_curve(
-        spectrum, train.cross, train.gram, fold.cross, fold.gram, fold.energy, prior
-    )
+        turned, scale = rotations.pop(key)
+        return rotated.curve(scale * turned)
+    # Refining a prior for k < d takes hundreds of decompositions; folds do without.
+    prior = prior_matrix(candidate, train, given=problem.given, proper=problem.proper, refine=False)
+    turned = (prior if problem.rows is None else problem.rows @ prior) @ rotated.basis
+    if candidate.prior == "procrustes":
+        rotations[key] = (turned, similarity_scale(prior, train.cross, train.gram))
+    return rotated.curve(turned)
 
 
 def _fold_scores(curves: Sequence[HeldOutCurve], units: Sequence[float], betas: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lightning_merge.correction.choice import BetaMode, Choice
 from lightning_merge.correction.fit import Bias, TaskFit
 from lightning_merge.correction.head_maps import HeadMetric, read_rows
 from lightning_merge.correction.mixture import mixed_maps
+from lightning_merge.correction.moments import Moments
 from lightning_merge.correction.search import (
     BetaSearch,
     Found,
@@ -66,6 +67,13 @@ class FittedTasks:
         if task not in self._fits:
             total = _checked_total(task, self.statistics[task])
             options = self.options
+            spread = float(total.gram.trace()) if options.bias == "none" else _spread(total)
+            if not spread > 1e-14 * float(total.gram.trace()):
+                raise ValueError(
+                    f"task '{task}': its {total.count} calibration samples have equal features, "
+                    f"which bias='{options.bias}' takes for the mean. Calibrate on more samples, "
+                    "or use bias='none'."
+                )
             if options.bias != "none" and total.cancels:
                 warnings.warn(
                     f"task '{task}': the mean holds nearly all energy of the merged features, so "
@@ -168,7 +176,7 @@ class FittedTasks:
         return self.fit(task).fitted.read_by(self.rows(task)).energy
 
     def metric(self, task: str) -> Tensor | None:
-        r"""Metric :math:`S = H^\top H + \\rho I` of a task, (k, k); None is the identity."""
+        r"""Metric :math:`S = H^\top H + \rho I` of a task, (k, k); None is the identity."""
         rows = self.rows(task)
         if rows is None:
             return None
@@ -248,7 +256,12 @@ def _only(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
-def _checked_total(task: str, statistics: CorrectionStatistics) -> Any:
+def _spread(total: Moments) -> float:
+    """Energy of the merged features about their mean."""
+    return float(total.gram.trace()) - float(total.sum_merged @ total.sum_merged) / total.n
+
+
+def _checked_total(task: str, statistics: CorrectionStatistics) -> Moments:
     if statistics.count == 0 or statistics.effective_count == 0:
         raise ValueError(
             f"task '{task}' has a positive preference but no calibration samples. Calibrate it, or "

@@ -20,7 +20,7 @@ from lightning_merge.correction.choice import (
 from lightning_merge.correction.fit import Bias
 from lightning_merge.correction.moments import Moments
 from lightning_merge.functional.gcv import ridge_spectrum
-from lightning_merge.functional.kfold import HeldOutCurve, held_out_curve
+from lightning_merge.functional.kfold import HeldOutCurve, RotatedFold, rotated_fold
 from lightning_merge.functional.procrustes import similarity_scale
 
 GRID = torch.logspace(-8, 4, 81, dtype=torch.float64)
@@ -28,8 +28,8 @@ GRID = torch.logspace(-8, 4, 81, dtype=torch.float64)
 ANCHORS = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-Split = tuple[Moments, Moments, tuple[Tensor, Tensor]]
-"""Training moments, held-out moments, and the spectrum of the former."""
+Split = tuple[Moments, Moments, RotatedFold]
+"""Training moments, held-out moments, and both in the eigenbasis of the former."""
 
 
 @dataclass(frozen=True)
@@ -113,43 +113,76 @@ def candidates(
     return [Choice(prior="identity"), *(Choice(prior=p, anchor=a) for a in anchors for p in both)]
 
 
+@dataclass(frozen=True)
+class _Folds:
+    """What all candidates of a search share."""
+
+    splits: Sequence[Split]
+    grid: Tensor
+    """Ridges to try, (B,), in units of ``units``."""
+    units: Sequence[float]
+    """Absolute ridge of one unit, by fold."""
+    offset: float
+    """Error that no map changes and the curves leave out."""
+    slack: float
+    """Differences below this are rounding."""
+
+
 def _search_folds(problem: SearchProblem, options: BetaSearch) -> Found | None:
+    folds = _prepared(problem)
+    if folds is None:
+        return None
+    candidate, curves, scores = _best_candidate(problem, folds)
+    if problem.beta is None:
+        beta, score = _best_beta(curves, scores, folds, options)
+        choice = _in_units(replace(candidate, beta=beta, searched=True), problem)
+    else:
+        beta, score = problem.beta, float(scores.sum())
+        choice = replace(candidate, beta=beta)
+    return Found(
+        choice=choice,
+        score=score + folds.offset,
+        baseline=_doing_nothing(problem),
+        betas=folds.grid.tolist() if problem.beta is None else [beta],
+        curve=(scores.sum(0) + folds.offset).tolist(),
+        at_edge=problem.beta is None and beta <= float(GRID[0]) * (1 + 1e-9),
+    )
+
+
+def _prepared(problem: SearchProblem) -> _Folds | None:
+    """None if there are fewer than two folds, or one leaves nothing to be trained on."""
     if len(problem.folds) < 2:
         return None
     splits = [_split(problem, fold) for fold in problem.folds]
-    offset = 0.0 if problem.rows is None else _read_energy(problem)
-    slack = 1e-12 * (offset + math.fsum(fold.energy for _, fold, _ in splits))
-    if problem.beta is None:
-        grid, units = GRID, [beta_unit("relative", train) for train, _, _ in splits]
-    else:
+    floor = 1e-10 * float(problem.total.gram.trace())
+    if any(not float(train.gram.trace()) > floor for train, _, _ in splits):
+        return None
+    grid, units = GRID, [beta_unit("relative", train) for train, _, _ in splits]
+    if problem.beta is not None:
         grid = torch.ones(1, dtype=torch.float64)
         units = [_fixed_unit(problem, train) for train, _, _ in splits]
+    offset = 0.0 if problem.rows is None else _read_energy(problem)
+    slack = 1e-12 * (offset + math.fsum(fold.energy for _, fold, _ in splits))
+    return _Folds(splits, grid, units, offset, slack)
+
+
+def _best_candidate(
+    problem: SearchProblem, folds: _Folds
+) -> tuple[Choice, list[HeldOutCurve], Tensor]:
+    """The prior with the least error on the grid, its curves, and their scores (F, B)."""
     best: tuple[float, Choice, list[HeldOutCurve], Tensor] | None = None
-    rotations: dict[tuple[int, float], Tensor] = {}
+    rotations: dict[tuple[int, float], tuple[Tensor, float]] = {}
     for candidate in problem.candidates:
-        curves = [_curve(problem, candidate, f, s, rotations) for f, s in enumerate(splits)]
-        scores = _fold_scores(curves, units, grid)
+        curves = [_curve(problem, candidate, f, s, rotations) for f, s in enumerate(folds.splits)]
+        scores = _fold_scores(curves, folds.units, folds.grid)
         score = float(scores.sum(0).min())
         if problem.beta is None:
             score = min(score, sum(curve.prior_error for curve in curves))
         # A later candidate must be better by more than rounding.
-        if best is None or score < best[0] - slack:
+        if best is None or score < best[0] - folds.slack:
             best = (score, candidate, curves, scores)
     assert best is not None
-    score, candidate, curves, scores = best
-    choice = replace(candidate, beta=problem.beta or 0.0)
-    beta = choice.beta
-    if problem.beta is None:
-        beta, score = _best_beta(curves, units, scores, options, slack)
-        choice = _in_units(replace(candidate, beta=beta, searched=True), problem)
-    return Found(
-        choice=choice,
-        score=score + offset,
-        baseline=_doing_nothing(problem),
-        betas=grid.tolist() if problem.beta is None else [beta],
-        curve=(scores.sum(0) + offset).tolist(),
-        at_edge=problem.beta is None and beta <= float(GRID[0]) * (1 + 1e-9),
-    )
+    return best[1:]
 
 
 def _fixed_unit(problem: SearchProblem, train: Moments) -> float:
@@ -173,8 +206,11 @@ def _split(problem: SearchProblem, fold: Moments) -> Split:
     if problem.bias != "none":
         fold = fold.shifted(train.mean_merged, train.mean_expert)
         train = train.centred()
-    values, Q = torch.linalg.eigh(train.gram)
-    return train, fold, (values, Q)
+    read_train, read_fold = train.read_by(problem.rows), fold.read_by(problem.rows)
+    rotated = rotated_fold(
+        read_train.cross, train.gram, read_fold.cross, fold.gram, read_fold.energy
+    )
+    return train, fold, rotated
 
 
 def _curve(
@@ -182,27 +218,20 @@ def _curve(
     candidate: Choice,
     number: int,
     split: Split,
-    rotations: dict[tuple[int, float], Tensor],
+    rotations: dict[tuple[int, float], tuple[Tensor, float]],
 ) -> HeldOutCurve:
-    """The curve of one fold; rotations are kept for the scaled prior of the same anchor."""
-    train, fold, spectrum = split
+    """The curve of one fold; turned rotations are kept for the scaled prior of the same anchor."""
+    train, _, rotated = split
     key = (number, candidate.anchor)
     if candidate.prior == "scaled" and key in rotations:
-        rotation = rotations.pop(key)
-        prior = rotation * similarity_scale(rotation, train.cross, train.gram)
-    else:
-        # Refining a prior for k < d takes hundreds of decompositions; folds do without.
-        prior = prior_matrix(
-            candidate, train, given=problem.given, proper=problem.proper, refine=False
-        )
-        if candidate.prior == "procrustes":
-            rotations[key] = prior
-    train, fold = train.read_by(problem.rows), fold.read_by(problem.rows)
-    if problem.rows is not None:
-        prior = problem.rows @ prior
-    return held_out_curve(
-        spectrum, train.cross, train.gram, fold.cross, fold.gram, fold.energy, prior
-    )
+        turned, scale = rotations.pop(key)
+        return rotated.curve(scale * turned)
+    # Refining a prior for k < d takes hundreds of decompositions; folds do without.
+    prior = prior_matrix(candidate, train, given=problem.given, proper=problem.proper, refine=False)
+    turned = (prior if problem.rows is None else problem.rows @ prior) @ rotated.basis
+    if candidate.prior == "procrustes":
+        rotations[key] = (turned, similarity_scale(prior, train.cross, train.gram))
+    return rotated.curve(turned)
 
 
 def _fold_scores(curves: Sequence[HeldOutCurve], units: Sequence[float], betas: Tensor) -> Tensor:
@@ -213,23 +242,21 @@ def _fold_scores(curves: Sequence[HeldOutCurve], units: Sequence[float], betas: 
 
 
 def _best_beta(
-    curves: Sequence[HeldOutCurve],
-    units: Sequence[float],
-    scores: Tensor,
-    options: BetaSearch,
-    slack: float,
+    curves: Sequence[HeldOutCurve], scores: Tensor, folds: _Folds, options: BetaSearch
 ) -> tuple[float, float]:
     """Relative ridge and its summed held-out error; infinity wins ties up to rounding."""
 
     def total(beta: float) -> float:
-        return float(_fold_scores(curves, units, torch.tensor([beta], dtype=torch.float64)).sum())
+        return float(
+            _fold_scores(curves, folds.units, torch.tensor([beta], dtype=torch.float64)).sum()
+        )
 
     beta, score = _golden(total, scores.sum(0))
     limit = sum(curve.prior_error for curve in curves)
-    best = (math.inf, limit) if limit <= score + slack else (beta, score)
+    best = (math.inf, limit) if limit <= score + folds.slack else (beta, score)
     if not options.one_standard_error:
         return best
-    at_best = _fold_scores(curves, units, torch.tensor([best[0]], dtype=torch.float64))
+    at_best = _fold_scores(curves, folds.units, torch.tensor([best[0]], dtype=torch.float64))
     tried = torch.cat([scores, torch.tensor([[c.prior_error] for c in curves])], 1)
     excess = tried - at_best
     allowed = excess.std(0) * len(curves) ** 0.5

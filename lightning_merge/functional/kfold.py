@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,36 +35,64 @@ class HeldOutCurve:
         return self.prior_error - 2 * r @ self.linear + ((r @ self.quadratic) * r).sum(1)
 
 
-def held_out_curve(
-    spectrum: tuple[Float[Tensor, " d"], Float[Tensor, "d d"]],
+@dataclass(frozen=True)
+class RotatedFold:
+    """One fold and the other folds' moments in the eigenbasis Q of the latter.
+
+    What does not depend on the prior is turned once, so that a prior costs three products.
+    """
+
+    basis: Tensor
+    """Q, (d, d)."""
+    eigenvalues: Tensor
+    """Of the other folds' second moments, (d,)."""
+    train_cross: Tensor
+    """A_- Q, (k, d)."""
+    fold_cross: Tensor
+    """A_f Q, (k, d)."""
+    fold_gram: Tensor
+    """Q' G_f Q, (d, d)."""
+    fold_energy: float
+    """Energy of the expert features of the fold."""
+
+    def curve(self, prior: Float[Tensor, "k d"]) -> HeldOutCurve:
+        """The curve of a prior that is already turned, W0 Q."""
+        in_fold = prior @ self.fold_gram
+        train = self.train_cross - prior * self.eigenvalues
+        fold = self.fold_cross - in_fold
+        error = self.fold_energy + float(((in_fold - 2 * self.fold_cross) * prior).sum())
+        return HeldOutCurve(
+            prior_error=error,
+            eigenvalues=self.eigenvalues,
+            linear=(train * fold).sum(0),
+            quadratic=(train.T @ train) * self.fold_gram,
+        )
+
+
+def rotated_fold(
     train_cross: Float[Tensor, "k d"],
     train_gram: Float[Tensor, "d d"],
     fold_cross: Float[Tensor, "k d"],
     fold_gram: Float[Tensor, "d d"],
     fold_energy: float,
-    prior: Float[Tensor, "k d"],
-) -> HeldOutCurve:
-    """Prepare the curve of one fold and one prior, in O(d^3 + k d^2).
+) -> RotatedFold:
+    """Prepare one fold for any number of priors, in O(d^3 + k d^2).
 
-    Rows may be read through a head H: pass H A, H W0 and the energy of what it reads.
+    Rows may be read through a head H: pass H A and the energy of what it reads, and turn H W0.
 
     Args:
-        spectrum: Eigenvalues and eigenvectors of ``train_gram``.
         train_cross: Cross moment of the other folds.
         train_gram: Second moments of the other folds.
         fold_cross: Cross moment of the fold.
         fold_gram: Second moments of the fold.
         fold_energy: Energy of the expert features of the fold.
-        prior: W0 of the other folds.
     """
-    values, Q = spectrum
-    in_fold = prior @ fold_gram
-    train = (train_cross - prior @ train_gram) @ Q
-    fold = (fold_cross - in_fold) @ Q
-    error = fold_energy - 2 * (prior * fold_cross).sum() + (in_fold * prior).sum()
-    return HeldOutCurve(
-        prior_error=float(error),
+    values, Q = torch.linalg.eigh(train_gram)
+    return RotatedFold(
+        basis=Q,
         eigenvalues=values.clamp_min(0),
-        linear=(train * fold).sum(0),
-        quadratic=(train.T @ train) * (Q.T @ fold_gram @ Q),
+        train_cross=train_cross @ Q,
+        fold_cross=fold_cross @ Q,
+        fold_gram=Q.T @ fold_gram @ Q,
+        fold_energy=fold_energy,
     )

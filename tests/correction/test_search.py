@@ -206,6 +206,20 @@ def test_too_few_samples_fall_back_with_a_warning(
     assert correction.choices()["a"]["beta"] == 0.01
 
 
+@pytest.mark.parametrize("bias", ["shared", "per_task"])
+def test_a_bias_needs_two_samples_to_train_on(
+    make_features: Callable, make_statistics: Callable, bias: str
+) -> None:
+    statistics = make_statistics(make_features({"a": 2}, d=8))
+    with pytest.warns(UserWarning, match="too few to choose by"):
+        W = ClosedFormCorrection(statistics, bias=bias).solve([1]).weight
+    assert bool(W.isfinite().all())
+    statistics = make_statistics(make_features({"a": 1}, d=8))
+    fixed = ClosedFormCorrection(statistics, bias=bias, beta=0.1, prior="identity")
+    with pytest.raises(ValueError, match="'a': its 1 calibration samples have equal features"):
+        fixed.solve([1])
+
+
 def test_two_samples_are_enough(make_features: Callable, make_statistics: Callable) -> None:
     features = make_features({"a": 2, "b": 3}, d=8)
     correction = ClosedFormCorrection(make_statistics(features))

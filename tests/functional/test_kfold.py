@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_merge.functional.kfold import held_out_curve
+from lightning_merge.functional.kfold import rotated_fold
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,9 +24,8 @@ def test_equals_refitting(n: int, m: int, d: int, k: int, beta: float, seed: int
     Z, Y, W0 = normal(d, n, seed=seed), normal(k, n, seed=1), normal(k, d, seed=2)
     Zf, Yf = normal(d, m, seed=3), normal(k, m, seed=4)
     G = Z @ Z.T
-    curve = held_out_curve(
-        torch.linalg.eigh(G), Y @ Z.T, G, Yf @ Zf.T, Zf @ Zf.T, float(Yf.square().sum()), W0
-    )
+    rotated = rotated_fold(Y @ Z.T, G, Yf @ Zf.T, Zf @ Zf.T, float(Yf.square().sum()))
+    curve = rotated.curve(W0 @ rotated.basis)
     eye = torch.eye(d, dtype=torch.float64)
     W = W0 if math.isinf(beta) else (Y @ Z.T + beta * W0) @ torch.linalg.inv(G + beta * eye)
     brute = float((W @ Zf - Yf).square().sum())

@@ -99,8 +99,10 @@ def save_tensors(
         OSError: If the disk is full or the path cannot be written to.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # No tensors with empty metadata would give a header that safetensors itself cannot read.
+    header = dict(metadata) if metadata else None
     try:
-        save_file(contiguous, path, metadata=dict(metadata or {}))
+        save_file(contiguous, path, metadata=header)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
 

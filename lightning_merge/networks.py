@@ -70,6 +70,19 @@ def get_submodule(network: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def name_within(network: nn.Module, part: nn.Module) -> str:
+    """Prefix of a part's names in the network's state, wrappers apart: empty, or with a dot.
+
+    Raises:
+        ValueError: If the part is not in the network.
+    """
+    for name, module in network.named_modules():
+        if module is part:
+            clean = ".".join(piece for piece in name.split(".") if piece not in WRAPPERS)
+            return f"{clean}." if clean else ""
+    raise ValueError(f"{type(part).__name__} is no part of {type(network).__name__}.")
+
+
 def set_submodule(network: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path of a network."""
     parent, _, name = path.rpartition(".")

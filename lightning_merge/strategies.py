@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 from tqdm import tqdm
 
 from lightning_merge.runtime import Runtime
@@ -35,11 +35,18 @@ def runtime_of(trainer: Trainer) -> Runtime:
     )
 
 
+class FirstProcessError(RuntimeError):
+    """Raised on the other processes when the first one failed; that one tells why."""
+
+
 def on_first(trainer: Trainer, work: Callable[[], Any]) -> Any:
     """Run ``work`` on the first process and give its result, or its error, to all of them.
 
     The result must be small plain data. Without this, an error on one process would leave the
     others waiting.
+
+    Raises:
+        FirstProcessError: On the other processes, if the first one failed.
     """
     result: Any = None
     error: Exception | None = None
@@ -53,7 +60,7 @@ def on_first(trainer: Trainer, work: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if message is not None:
-        raise RuntimeError(f"the first process failed: {message}")
+        raise FirstProcessError(f"the first process failed: {message}")
     return result
 
 
@@ -84,30 +91,53 @@ def _progress(
             display.stop()
 
 
-class ShardedBatchSampler:
-    """Every ``world_size``-th batch; nothing padded, nothing repeated, and a share may be empty."""
-
-    def __init__(self, batches: Sequence[list[int]], runtime: Runtime) -> None:
-        self._batches = list(runtime.share(batches))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-
 def sharded(loader: Iterable[Any], runtime: Runtime) -> Iterable[Any]:
-    """This process's share of a loader's batches, in the dataset's order, each sample once."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    """This process's share of a loader's batches, in the dataset's order, each sample once.
+
+    Nothing is padded and nothing repeated, so a share may be empty. A loader of an iterable
+    dataset is read by every process, which keeps every ``world_size``-th batch.
+    """
+    order = reading_order(loader)
+    if order is None:
         return loader if runtime.world_size == 1 else runtime.share(loader)
-    order = BatchSampler(
-        SequentialSampler(cast("Sized", loader.dataset)), loader.batch_size or 1, drop_last=False
-    )
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=ShardedBatchSampler(list(order), runtime),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-    )
+    assert isinstance(loader, DataLoader)
+    return reordered(loader, order, runtime)
+
+
+def reading_order(loader: Iterable[Any]) -> list[int] | None:
+    """Indices that a loader reads of its dataset, sorted; ``None`` where it has no such thing.
+
+    A loader shuffles, and in several processes it pads or repeats; its samples are the whole
+    dataset, or those of a ``SubsetRandomSampler``.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    sampler: Any = loader.sampler
+    # Lightning wraps the samplers it does not know for several processes.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+    if isinstance(sampler, SubsetRandomSampler):
+        return sorted(int(index) for index in sampler.indices)
+    return list(range(len(cast("Sized", loader.dataset))))
+
+
+def reordered(
+    loader: DataLoader[Any], order: Sequence[int], runtime: Runtime | None = None
+) -> DataLoader[Any]:
+    """Read some samples of a loader's dataset, in a given order: this process's share of batches.
+
+    Batches are formed before they are shared, so that they do not depend on the number of
+    processes.
+    """
+    runtime = runtime or Runtime()
+    options: dict[str, Any] = {
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "worker_init_fn": loader.worker_init_fn,
+    }
+    if loader.batch_sampler is None:  # items of the dataset are batches
+        share = list(runtime.share(order))
+        return DataLoader(loader.dataset, batch_size=None, sampler=share, **options)
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
+    return DataLoader(loader.dataset, batch_sampler=list(runtime.share(batches)), **options)

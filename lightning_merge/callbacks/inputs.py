@@ -5,30 +5,35 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
+
+from lightning_merge.strategies import reading_order, reordered
 
 SOURCES = ("calibration", "val", "train")
 
 
 def calibration_batches(
     trainer: Trainer,
-    module: LightningModule,
     network: nn.Module,
     task: str,
     source: str,
     names: Sequence[str] | None,
+    limit: int,
 ) -> Iterator[Any]:
-    """Batches of unlabeled inputs: the first source that there is, in its natural order.
+    """Batches of unlabeled inputs: the first source that there is.
+
+    Where the source has more samples than are wanted, they are spread evenly over it, as data
+    sets are often sorted by class.
 
     Args:
         trainer: The Trainer, after the fit.
-        module: The LightningModule that was fitted.
         network: The network that takes the inputs; its signature tells the names it takes.
         task: The task, for datamodules that have a ``calibration_dataset(task)``.
         source: ``calibration``, ``val``, ``train``, or ``auto`` for the first of these.
         names: Names of the inputs in batches that are mappings or dataclasses.
+        limit: Samples that are wanted.
 
     Raises:
         ValueError: If there is no such source, or a batch is of an unknown kind.
@@ -36,9 +41,8 @@ def calibration_batches(
     for name in SOURCES if source == "auto" else (source,):
         loaders = _loaders(trainer, task, name)
         if loaders:
-            for loader in loaders:
-                for batch in _in_order(loader):
-                    yield unlabeled(batch, network, names)
+            for batch in _spread(loaders, limit):
+                yield unlabeled(batch, network, names)
             return
     raise ValueError(
         f"no calibration inputs from '{source}': the Trainer has no such dataloader. Choose "
@@ -58,6 +62,11 @@ def unlabeled(batch: Any, network: nn.Module, names: Sequence[str] | None) -> An
         batch = {item.name: getattr(batch, item.name) for item in dataclasses.fields(batch)}
     if isinstance(batch, Mapping):
         wanted = list(names) if names else _accepted(network, batch)
+        if missing := [name for name in wanted if name not in batch]:
+            raise ValueError(
+                f"there is no {', '.join(repr(name) for name in missing)} among the inputs of a "
+                f"batch: it has {', '.join(map(str, batch))}. Change inputs=[...]."
+            )
         if len(wanted) == 1 and not names and isinstance(batch[wanted[0]], Tensor):
             return batch[wanted[0]]
         return {name: batch[name] for name in wanted}
@@ -94,13 +103,14 @@ def _loaders(trainer: Trainer, task: str, source: str) -> list[Iterable[Any]]:
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
-def _in_order(loader: Iterable[Any]) -> Iterable[Any]:
-    # A shuffled or sharded loader is read again from its dataset, in order and by one process.
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return loader
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size or 1,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-    )
+def _spread(loaders: list[Iterable[Any]], limit: int) -> Iterator[Any]:
+    orders = [reading_order(loader) for loader in loaders]
+    total = sum(len(order) for order in orders if order is not None)
+    for loader, order in zip(loaders, orders, strict=True):
+        if order is None or not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+            yield from loader
+            continue
+        # A share of the limit, rounded up; what is too much is cut off at the end.
+        wanted = min(len(order), -(-limit * len(order) // total))
+        picked = [order[position * len(order) // wanted] for position in range(wanted)]
+        yield from reordered(loader, picked)

@@ -1,5 +1,6 @@
 """Record the expert that a fit makes, and merge when the last one is in."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from typing_extensions import override
 
@@ -15,9 +17,12 @@ from lightning_merge.callbacks.inputs import calibration_batches
 from lightning_merge.callbacks.specs import build_correction, build_method, plain
 from lightning_merge.checkpoints import read_checkpoint
 from lightning_merge.merging import merge_experts
-from lightning_merge.networks import get_submodule, plain_copy
+from lightning_merge.networks import get_submodule, name_within, plain_copy
 from lightning_merge.pool import ExpertPool
+from lightning_merge.states import StateDict
 from lightning_merge.strategies import on_first, runtime_of
+
+SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 class MergeCallback(Callback):
@@ -38,13 +43,14 @@ class MergeCallback(Callback):
             where there is such a checkpoint, else last.
         calibration: Where unlabeled inputs come from: ``calibration`` (the datamodule's
             ``calibration_dataset(task)``), ``val``, ``train``, or ``auto``: the first there is.
-        num_calibration: At most this many inputs are kept.
+        num_calibration: At most this many inputs are kept, spread evenly over the source.
         inputs: Names of the inputs where batches are mappings; by default those that the
             network's ``forward`` takes.
         model: How to build the network again, ``{class_path, init_args}``; by default the
             ``network_spec`` of an ``ExpertModule``. Without it, loading needs the module.
         overwrite: Replace an expert of this name.
-        tasks: The tasks that are to be merged. Without them experts are only recorded.
+        tasks: The tasks that are to be merged, when the last of them is in. Without them experts
+            are only recorded.
         merged: Folder of the merged model; by default ``merged`` beside the pool.
         method: Merging method, ``{class_path, init_args}`` or its name; the average by default.
         correction: Options of the correction, ``paper`` for the published recipe, or ``none``.
@@ -69,6 +75,8 @@ class MergeCallback(Callback):
     ) -> None:
         if num_calibration < 1:
             raise ValueError(f"num_calibration must be at least 1, found {num_calibration}.")
+        if tasks is not None and (len(tasks) < 2 or len(set(tasks)) < len(tasks)):
+            raise ValueError(f"tasks must name at least two different tasks, found {plain(tasks)}.")
         self.pool = Path(pool)
         self.task = task
         self.head = head
@@ -86,6 +94,11 @@ class MergeCallback(Callback):
         self.correction = build_correction({} if correction == "default" else correction)
         self._trained_from: str | None = None
 
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(pool=str(self.pool), network=self.network)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"trained_from": self._trained_from}
@@ -98,62 +111,63 @@ class MergeCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _is_dry(trainer):
             return
-        task, head = self._task(trainer), self._head(pl_module)
-        if self.weights == "best" and _monitoring(trainer) is None:
-            raise ValueError(
-                "weights='best' needs a ModelCheckpoint that monitors a metric; there is none. Add "
-                "one, or choose weights='last'."
-            )
-
-        def start() -> str | None:
-            network = self._network(pl_module)
-            if trainer.ckpt_path is not None:
-                return self._resumed()
-            pool = ExpertPool.create(
-                self.pool, network, head, model=self._model(pl_module), exist_ok=True
-            )
-            pool.check_task(task, overwrite=self.overwrite)
-            return pool.fingerprint
-
-        self._trained_from = on_first(trainer, start)
+        self._trained_from = on_first(trainer, lambda: self._start(trainer, pl_module))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _is_dry(trainer):
             return
-        task = self._task(trainer)
-        on_first(trainer, lambda: self._record(trainer, pl_module, task))
-        pool = ExpertPool.open(self.pool)
-        if self.tasks is None or any(name not in pool.tasks for name in self.tasks):
+        if not on_first(trainer, lambda: self._record(trainer, pl_module)):
             return
-        runtime = runtime_of(trainer)
         model = merge_experts(
-            pool,
+            ExpertPool.open(self.pool),
             self.method,
             correction=self.correction,
-            module=self._template(trainer, pl_module),
+            module=plain_copy(self._network(pl_module), without=trainer),
             tasks=self.tasks,
-            runtime=runtime,
+            runtime=runtime_of(trainer),
         )
         on_first(trainer, lambda: model.save(self.merged))
 
-    def _record(self, trainer: Trainer, pl_module: LightningModule, task: str) -> None:
-        network = self._network(pl_module)
-        scores = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if torch.is_tensor(value) and value.numel() == 1 and torch.isfinite(value).all()
-        }
-        expert: Any = network
-        checkpoint = _monitoring(trainer)
-        if self.weights != "last" and checkpoint is not None and checkpoint.best_model_path:
-            expert = read_checkpoint(checkpoint.best_model_path, stand_ins=True)
-            if checkpoint.best_model_score is not None and checkpoint.monitor is not None:
-                scores[checkpoint.monitor] = float(checkpoint.best_model_score)
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Refuse what would fail after the training; return the fingerprint of the base."""
+        task, head, network = self._task(trainer), self._head(pl_module), self._network(pl_module)
+        self._check(trainer, task)
+        if trainer.ckpt_path is None:
+            pool = ExpertPool.create(
+                self.pool, network, head, model=self._model(pl_module), exist_ok=True
+            )
+        else:
+            pool = self._resumed()
+        pool.check_task(task, overwrite=self.overwrite)
+        return pool.fingerprint if trainer.ckpt_path is None else self._trained_from
+
+    def _check(self, trainer: Trainer, task: str) -> None:
+        if isinstance(trainer.strategy, SHARDED):
+            raise ValueError(
+                f"MergeCallback reads whole weights, but {type(trainer.strategy).__name__} shards "
+                "them. Fit under 'ddp' or on one device, or add the checkpoint with ExpertPool.add."
+            )
+        if self.tasks is not None and task not in self.tasks:
+            raise ValueError(
+                f"the task '{task}' is none of those to merge: {', '.join(self.tasks)}. Add it to "
+                "tasks, or leave tasks out to record the expert alone."
+            )
+        if self.weights == "best" and _monitoring(trainer) is None:
+            raise ValueError(
+                "weights='best' needs a ModelCheckpoint that monitors a metric and keeps files; "
+                "there is none. Add one, or choose weights='last'."
+            )
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Add the expert to the pool; return whether the declared tasks are now all in."""
+        network, task = self._network(pl_module), self._task(trainer)
+        expert, scores = self._best(trainer, pl_module) or (network, _scores(trainer))
         batches = calibration_batches(
-            trainer, pl_module, network, task, self.calibration, self.inputs
+            trainer, network, task, self.calibration, self.inputs, self.num_calibration
         )
-        ExpertPool.open(self.pool).add(
+        pool = ExpertPool.open(self.pool)
+        pool.add(
             task,
             expert,
             calibration=CalibrationInputs.collect(batches, self.num_calibration),
@@ -161,15 +175,49 @@ class MergeCallback(Callback):
             trained_from=self._trained_from,
             overwrite=self.overwrite,
         )
+        return self.tasks is not None and set(self.tasks) <= set(pool.tasks)
 
-    def _resumed(self) -> str | None:
+    def _best(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[StateDict, dict[str, float]] | None:
+        """Weights and score of the best checkpoint, or ``None`` where the last ones are wanted."""
+        checkpoint = None if self.weights == "last" else _monitoring(trainer)
+        if checkpoint is None or not checkpoint.best_model_path:
+            if self.weights == "best":
+                raise ValueError(
+                    "weights='best', but the ModelCheckpoint has saved no best checkpoint: was "
+                    "its metric logged? Repeat the fit with weights='last', or resume it."
+                )
+            return None
+        state = read_checkpoint(checkpoint.best_model_path, stand_ins=True)
+        # By its own path: a teacher or an averaged copy in the module has the same names.
+        prefix = name_within(pl_module, self._network(pl_module))
+        inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        score, monitor = checkpoint.best_model_score, checkpoint.monitor
+        return inside, {} if score is None or monitor is None else {monitor: float(score)}
+
+    def _resumed(self) -> ExpertPool:
         if not (self.pool / "pool.json").exists():
             raise ValueError(
                 f"the fit is resumed from a checkpoint, so its weights are not the base, and "
                 f"{self.pool} does not exist. Create it from the base first: "
                 "ExpertPool.create(path, base=module, head=...)."
             )
-        return self._trained_from
+        pool = ExpertPool.open(self.pool)
+        if self._trained_from is None:
+            warnings.warn(
+                "the checkpoint that the fit is resumed from was written without this "
+                f"MergeCallback, so it is not known whether it started from the base of "
+                f"{self.pool}. Make sure that it did.",
+                stacklevel=2,
+            )
+        elif self._trained_from != pool.fingerprint:
+            raise ValueError(
+                f"the fit is resumed from a checkpoint that started from another base "
+                f"(fingerprint {self._trained_from[:12]}) than the one of {self.pool} "
+                f"({pool.fingerprint[:12]}). Give the pool that it started with."
+            )
+        return pool
 
     def _task(self, trainer: Trainer) -> str:
         task = self.task or getattr(getattr(trainer, "datamodule", None), "task", None)
@@ -183,7 +231,9 @@ class MergeCallback(Callback):
     def _network(self, pl_module: LightningModule) -> nn.Module:
         if self.network is not None:
             return get_submodule(pl_module, self.network)
-        if self.head is None and isinstance(getattr(pl_module, "network", None), nn.Module):
+        known = getattr(pl_module, "network", None)
+        # As ExpertModule has them: the network, and the path of the head in it.
+        if isinstance(known, nn.Module) and isinstance(getattr(pl_module, "head", None), str):
             return get_submodule(pl_module, "network")
         return pl_module
 
@@ -198,15 +248,21 @@ class MergeCallback(Callback):
     def _model(self, pl_module: LightningModule) -> Mapping[str, Any] | None:
         return self.model or getattr(pl_module, "network_spec", None)
 
-    def _template(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
-        return plain_copy(self._network(pl_module), without=trainer)
-
 
 def _is_dry(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _monitoring(trainer: Trainer) -> ModelCheckpoint | None:
-    callbacks = trainer.checkpoint_callbacks
-    monitoring = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-    return monitoring[0] if monitoring else None
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.save_top_k:
+            return callback
+    return None
+
+
+def _scores(trainer: Trainer) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if value.numel() == 1 and torch.isfinite(value).all()
+    }

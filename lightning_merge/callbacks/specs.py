@@ -56,4 +56,6 @@ def _parse(kind: type, name: str, spec: Any, *, subclass: bool) -> Any:
         parsed = parser.parse_object({name: spec})
     except ArgumentError as error:
         raise ValueError(f"{name}: {error}") from error
-    return parser.instantiate_classes(parsed)[name]
+    # The older name, of jsonargparse up to 4.4x, warns that it goes away.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parsed)[name]

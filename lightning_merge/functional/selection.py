@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Count: TypeAlias = Literal["round", "floor", "published"]
 
 SAMPLE = 1 << 18
 """Most sampled magnitudes: the bracket of six standard errors then holds 0.6 % of the entries."""
@@ -34,14 +36,19 @@ class Cut:
     ties: tuple[int, ...]
 
 
-def num_kept(density: float, size: int) -> int:
+def num_kept(density: float, size: int, count: Count = "round") -> int:
     """Entries kept of ``size``: the rounded share, and at least one.
+
+    ``floor`` rounds down (as mergekit does), ``published`` keeps one more than that (as the
+    authors' code of TIES does, which compares with ``>=``).
 
     Example:
         >>> num_kept(0.2, 10), num_kept(0.2, 2), num_kept(1.0, 3), num_kept(0.5, 0)
         (2, 1, 3, 0)
     """
-    return min(size, max(1, round(density * size)))
+    if count == "round":
+        return min(size, max(1, round(density * size)))
+    return min(size, max(1, int(density * size) + (count == "published")))
 
 
 def largest(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from lightning_merge.functional.selection import largest, num_kept
+from lightning_merge.functional.selection import Count, largest, num_kept
 
 Combine: TypeAlias = Literal["mean", "sum", "max"]
 ZeroSign: TypeAlias = Literal["majority", "positive", "none"]
@@ -38,7 +38,7 @@ def trim_by(
 
 
 def trim(
-    task_vectors: Float[Tensor, "experts *shape"], density: float
+    task_vectors: Float[Tensor, "experts *shape"], density: float, count: Count = "round"
 ) -> Float[Tensor, "experts *shape"]:
     """Keep exactly the share ``density`` of each task vector, by magnitude; zero the rest.
 
@@ -52,7 +52,7 @@ def trim(
     rows = []
     for row in task_vectors:
         flat = row.reshape(-1)
-        cut = largest(partial(list, (flat,)), len(flat), num_kept(density, len(flat)))
+        cut = largest(partial(list, (flat,)), len(flat), num_kept(density, len(flat), count))
         rows.append(trim_by(row, cut.threshold, cut.ties[0])[0])
     return torch.stack(rows)
 

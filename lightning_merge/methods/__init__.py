@@ -3,6 +3,7 @@
 from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import CalibratedMethod, Calibration, MergeMethod, WeightMethod
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
+from lightning_merge.methods.compress import CompressedExperts, TSVCompress
 from lightning_merge.methods.consensus import Consensus
 from lightning_merge.methods.dare import DARE
 from lightning_merge.methods.della import DELLA
@@ -23,12 +24,14 @@ __all__ = [
     "CalibratedMethod",
     "Calibration",
     "Coefficient",
+    "CompressedExperts",
     "Consensus",
     "IsoC",
     "IsoCTS",
     "MergeMethod",
     "ModelStock",
     "Slerp",
+    "TSVCompress",
     "TSVMerge",
     "TaskArithmetic",
     "WeightMethod",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.functional.parallel import map_on_cores
-from lightning_merge.functional.selection import Cut, largest, num_kept
+from lightning_merge.functional.selection import Count, Cut, largest, num_kept
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
 from lightning_merge.functional.ties import Combine, ZeroSign, elect, sign_consensus, trim, trim_by
 from lightning_merge.methods.base import WeightMethod
@@ -41,6 +41,9 @@ class TIES(WeightMethod):
     zero_sign: ZeroSign = "majority"
     """Sign where the task vectors cancel: that of most entries of the scope, plus, or no entry."""
 
+    count: Count = "round"
+    """How many entries a density is: rounded, rounded down, or as the authors' code (one more)."""
+
     def __post_init__(self) -> None:
         check_density(self.density)
         check_scale(self.scale)
@@ -59,7 +62,7 @@ class TIES(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, trimmed on its own: the scope ``tensor``."""
-        trimmed = trim(task_vectors_of(base, experts), self.density)
+        trimmed = trim(task_vectors_of(base, experts), self.density, self.count)
         return add_update(base, sign_consensus(trimmed, self.combine, self.zero_sign), self.scale)
 
     def _merger(self, model: "_Model", scope: list[str], name: str) -> BlockMerge:
@@ -114,7 +117,7 @@ class _Model:
     def cuts(self, names: list[str]) -> dict[str, list[tuple[float, int]]]:
         """Threshold and ties to keep of every expert, in each of the parameters of one scope."""
         size = sum(math.prod(shape_of(self.base, name)) for name in names)
-        kept = num_kept(self.method.density, size)
+        kept = num_kept(self.method.density, size, self.method.count)
 
         def find(task: str) -> Cut:
             chunks = partial(self._chunks, names, task)

@@ -151,8 +151,9 @@ def test_modes_name_the_same_ridge(
     make_features: Callable, make_statistics: Callable, mode: str
 ) -> None:
     statistics = make_statistics(make_features(LARGE, d=8))
-    relative = ClosedFormCorrection(statistics)
-    other = ClosedFormCorrection(statistics, beta_mode=mode)
+    few = BetaSearch(anchors=(0.0, 1.0))
+    relative = ClosedFormCorrection(statistics, search=few)
+    other = ClosedFormCorrection(statistics, beta_mode=mode, search=few)
     p = [0.3, 0.7]
     assert torch.allclose(relative.solve(p).weight, other.solve(p).weight, atol=1e-10)
 

@@ -121,7 +121,9 @@ class ClosedFormCorrection:
             head=head,
         )
         known = {t: Choice.from_dict(c) for t, c in (choices or {}).items() if t in statistics}
-        self.fitted = FittedTasks(dict(statistics), self.options, used, known)
+        caps = [c["mixing_cap"] for c in (choices or {}).values() if "mixing_cap" in c]
+        cap = min(caps) if len(known) == len(statistics) and caps else None
+        self.fitted = FittedTasks(dict(statistics), self.options, used, known, mixing_cap=cap)
         self.solver = MixtureSolver(self.fitted, scalarization, aggregation)
 
     @classmethod
@@ -153,11 +155,9 @@ class ClosedFormCorrection:
 
     def choices(self) -> dict[str, dict[str, Any]]:
         """Prior and ridge of every task with samples, found now if need be, as JSON-able data."""
-        return {
-            task: self.fitted.choice(task).as_dict()
-            for task, statistics in self.statistics.items()
-            if statistics.count
-        }
+        known = [task for task, statistics in self.statistics.items() if statistics.count]
+        cap = {"mixing_cap": self.fitted.cap()} if self.fitted.searches else {}
+        return {task: {**self.fitted.choice(task).as_dict(), **cap} for task in known}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """What was chosen and how well it fits, by task, as JSON-able data.
@@ -360,7 +360,7 @@ class ClosedFormCorrection:
                 "solve_many(pairwise(...))."
             )
         check_widths({task: self.statistics[task] for task in (a, b)})
-        fits = (self.fitted.fit(a), self.fitted.fit(b))
+        fits = (self.fitted.mixed(a), self.fitted.mixed(b))
         return EdgeFront.of(fits, (self.fitted.scale(a), self.fitted.scale(b)))
 
     def _chunk(self, count: int, rows: int = 0) -> int:

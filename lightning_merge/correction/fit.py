@@ -1,7 +1,7 @@
 """The linear system of one task: what it contributes to every query."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -15,7 +15,7 @@ from lightning_merge.functional.ridge import ridgeless, solve_right
 Bias = Literal["none", "shared", "per_task"]
 
 MIXING_CAP = 1.0
-"""Largest relative ridge that a *searched* choice brings into a mixture of tasks."""
+"""Largest relative ridge that a *searched* choice ever brings into a mixture of tasks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,8 @@ class TaskFit:
 
     A ridge that was *searched* and came out large means that the samples of this task say little
     beyond its prior. Taken literally it would bind all other tasks to that prior too, so such a fit
-    keeps its own solution :math:`W_t` and enters mixtures with :math:`\beta_t` capped at
-    :math:`\mathrm{tr}(G_t)/d`. A ridge that the caller gave is taken literally.
+    keeps its own solution :math:`W_t` and enters mixtures with :math:`\beta_t` capped
+    (:mod:`~lightning_merge.correction.mixing`). A ridge that the caller gave is taken literally.
     """
 
     task: str
@@ -43,6 +43,8 @@ class TaskFit:
     refine: bool = True
     capped: bool = False
     """Whether mixtures see a bounded ridge; after a search they always do."""
+    mixing_cap: float = MIXING_CAP
+    """The bound, in units of tr(G)/d."""
 
     @cached_property
     def fitted(self) -> Moments:
@@ -71,7 +73,7 @@ class TaskFit:
         """The ridge in mixtures of tasks: finite where it is capped."""
         if not (self.choice.searched or self.capped):
             return self.beta
-        return min(self.beta, MIXING_CAP * beta_unit("relative", self.fitted))
+        return min(self.beta, self.mixing_cap * beta_unit("relative", self.fitted))
 
     @cached_property
     def design(self) -> Moments:
@@ -121,6 +123,25 @@ class TaskFit:
     def offset(self, weight: Tensor) -> Tensor:
         """Bias of this task for a map (..., k, d): its mean residual, (..., k)."""
         return self.total.mean_expert - weight @ self.total.mean_merged
+
+    def split(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight (..., k, d) and bias (..., k) of maps (..., k, D), for this task."""
+        if self.bias == "shared":
+            return maps[..., :-1], maps[..., -1]
+        return maps, self.offset(maps) if self.bias == "per_task" else None
+
+    def with_cap(self, cap: float) -> "TaskFit":
+        """The same fit with another bound on its ridge in mixtures."""
+        if cap == self.mixing_cap or not (self.choice.searched or self.capped):
+            return self
+        copy = replace(self, mixing_cap=cap)
+        kept = ("fitted", "prior", "unit", "design", "own", "condition")
+        copy.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        return copy
+
+    def refitted(self, total: Moments) -> "TaskFit":
+        """The same choice on other samples; a prior for k < d is not refined, to save time."""
+        return replace(self, total=total, refine=False)
 
     def excess(self, maps: Tensor, metric: Tensor | None = None) -> Tensor:
         r"""Loss above the best: :math:`\mathrm{tr}(S (W - W_t) C_t (W - W_t)^\top)`.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.correction.choice import BetaMode, Choice
-from lightning_merge.correction.fit import Bias, TaskFit
+from lightning_merge.correction.fit import MIXING_CAP, Bias, TaskFit
 from lightning_merge.correction.head_maps import HeadMetric, read_rows
+from lightning_merge.correction.mixing import best_cap
 from lightning_merge.correction.mixture import mixed_maps
 from lightning_merge.correction.moments import Moments
 from lightning_merge.correction.search import (
@@ -54,7 +55,10 @@ class FittedTasks:
     heads: Mapping[str, Head] | None
     choices: dict[str, Choice]
     found: dict[str, Found] = field(default_factory=dict)
+    mixing_cap: float | None = None
+    """Bound of searched ridges in mixtures; None until it is found."""
     _fits: dict[str, TaskFit] = field(default_factory=dict)
+    _mixed: dict[str, TaskFit] = field(default_factory=dict)
     _rows: dict[str, Tensor] = field(default_factory=dict)
     _scales: dict[str, float] = field(default_factory=dict)
 
@@ -93,6 +97,40 @@ class FittedTasks:
                 capped=self.heads is not None,
             )
         return self._fits[task]
+
+    def mixed(self, task: str) -> TaskFit:
+        """The linear system of a task as mixtures see it."""
+        fit = self.fit(task)
+        if not fit.choice.searched:
+            return fit
+        if task not in self._mixed or self._mixed[task].mixing_cap != self.cap():
+            self._mixed[task] = fit.with_cap(self.cap())
+        return self._mixed[task]
+
+    def cap(self) -> float:
+        """The bound of searched ridges, one for all tasks, found on the folds."""
+        if self.mixing_cap is None:
+            fits = [fit for task in self.statistics if (fit := self._sound(task)) is not None]
+            widths = {fit.total.cross.shape for fit in fits}
+            folds = {
+                fit.task: [
+                    self.statistics[fit.task].fold(f)
+                    for f in range(self.statistics[fit.task].num_folds)
+                ]
+                for fit in fits
+            }
+            alike = len(widths) == 1 and len({len(parts) for parts in folds.values()}) == 1
+            rows = {fit.task: self.rows(fit.task) for fit in fits}
+            self.mixing_cap = best_cap(fits, folds, rows) if alike else MIXING_CAP
+        return self.mixing_cap
+
+    def _sound(self, task: str) -> TaskFit | None:
+        """The fit of a task with enough samples to search; a broken one must not stop others."""
+        try:
+            fit = self.fit(task) if self.statistics[task].count else None
+        except ValueError:
+            return None
+        return fit if fit is not None and fit.choice.searched else None
 
     def rows(self, task: str) -> Tensor | None:
         """What the task's head reads, (r, k), in the head metric."""

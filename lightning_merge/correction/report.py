@@ -7,7 +7,7 @@ import torch
 
 from lightning_merge.correction.choice import beta_unit, prior_matrix
 from lightning_merge.correction.fit import TaskFit
-from lightning_merge.correction.moments import Moments
+from lightning_merge.correction.mixing import held_out_error
 from lightning_merge.correction.statistics import CorrectionStatistics
 from lightning_merge.functional.procrustes import numerical_rank, similarity_scale
 from lightning_merge.functional.ridge import solve_right
@@ -53,9 +53,10 @@ def influence(correction: "ClosedFormCorrection") -> dict[str, float | None]:
     None where it is not defined: for different expert widths, or a ridge at its limit.
     """
     statistics = {t: s for t, s in correction.statistics.items() if s.count}
-    fits = [correction.fitted.fit(task) for task in statistics]
-    widths = {s.dim_expert for s in statistics.values()}
-    if len(widths) > 1 or any(fit.ridge in (0, math.inf) for fit in fits):
+    if len({s.dim_expert for s in statistics.values()}) > 1:
+        return dict.fromkeys(statistics)
+    fits = [correction.fitted.mixed(task) for task in statistics]
+    if any(fit.ridge in (0, math.inf) for fit in fits):
         return dict.fromkeys(statistics)
     p = torch.tensor([float(t in statistics) for t in correction.tasks], dtype=torch.float64)
     weights = correction.solver.weights((p / p.sum())[None])[0]
@@ -72,11 +73,7 @@ def influence(correction: "ClosedFormCorrection") -> dict[str, float | None]:
 def r_squared(fit: TaskFit) -> float | None:
     """Part of the centred expert energy that the task's own map explains, on its own samples."""
     centred = fit.total.centred().energy
-    own = fit.own
-    if fit.bias == "shared":
-        error = fit.total.error(own[:, :-1], own[:, -1])
-    else:
-        error = fit.fitted.error(own)
+    error = fit.total.error(*fit.split(fit.own))
     return _plain(1 - error / centred) if centred > 0 else None
 
 
@@ -112,34 +109,11 @@ def distortion_table(fit: TaskFit, statistics: CorrectionStatistics) -> dict[str
         errors["rotation"] += fold.error(rotation)
         scale = similarity_scale(rotation, train.cross, train.gram)
         errors["scaled_rotation"] += fold.error(scale * rotation)
-        errors["linear"] += held_out_error(fit, train, fold)
+        other = fit.refitted(train)
+        errors["linear"] += held_out_error(other, other.own, fold, None)
     if errors["none"] <= 1e-12 * fit.total.energy:
         return None
     return {name: 1 - value / errors["none"] for name, value in errors.items() if name != "none"}
-
-
-def held_out_error(fit: TaskFit, train: Moments, fold: Moments) -> float:
-    """Error on a fold of the task's own map, fitted to the other folds with the same choice."""
-    other = refitted(fit, train)
-    own = other.own
-    if fit.bias == "shared":
-        return fold.error(own[:, :-1], own[:, -1])
-    return fold.error(own, other.offset(own) if fit.bias == "per_task" else None)
-
-
-def refitted(fit: TaskFit, train: Moments) -> TaskFit:
-    """The same choice on other samples."""
-    return TaskFit(
-        task=fit.task,
-        choice=fit.choice,
-        total=train,
-        bias=fit.bias,
-        beta_mode=fit.beta_mode,
-        given=fit.given,
-        proper=fit.proper,
-        refine=False,
-        capped=fit.capped,
-    )
 
 
 def _plain(value: float) -> float | None:

@@ -50,7 +50,7 @@ class MixtureSolver:
     def _chebyshev(self, preference: Tensor) -> Tensor:
         active = preference.nonzero().flatten().tolist()
         names = [self.tasks[i] for i in active]
-        fits = [self.fitted.fit(name) for name in names]
+        fits = self._fits(names)
         if any(fit.ridge == float("inf") for fit in fits):
             raise ValueError("scalarization='chebyshev' needs a finite beta.")
         metrics = [self.fitted.metric(name) for name in names]
@@ -85,18 +85,23 @@ class MixtureSolver:
     def _weighted_maps(
         self, names: list[str], weights: Tensor, heads: HeadRows | None = None
     ) -> Tensor:
-        fits = [self.fitted.fit(name) for name in names]
+        fits = self._fits(names)
         if self.fitted.heads is None:
             return shared_maps(fits, weights, heads)
         maps = self._solver(names).maps(weights, shared_maps(fits, weights, None))
         return maps if heads is None else heads.weight @ maps
+
+    def _fits(self, names: list[str]) -> list[TaskFit]:
+        if len(names) == 1:
+            return [self.fitted.fit(names[0])]
+        return [self.fitted.mixed(name) for name in names]
 
     def _solver(self, names: list[str]) -> HeadSolver:
         key = tuple(names)
         if key not in self._solvers:
             rows = [self.fitted.rows(name) for name in names]
             self._solvers[key] = HeadSolver(
-                [self.fitted.fit(name) for name in names],
+                self._fits(names),
                 [H for H in rows if H is not None],
                 self.fitted.options.head,
             )

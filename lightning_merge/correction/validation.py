@@ -11,8 +11,8 @@ from lightning_merge.correction.closed_form import ClosedFormCorrection
 from lightning_merge.correction.fit import TaskFit
 from lightning_merge.correction.fitted import Head
 from lightning_merge.correction.head_maps import HeadSolver, read_rows
+from lightning_merge.correction.mixing import held_out_error
 from lightning_merge.correction.moments import Moments
-from lightning_merge.correction.report import refitted
 from lightning_merge.correction.solver import shared_maps
 from lightning_merge.correction.statistics import CorrectionStatistics
 from lightning_merge.functional.preference import Preference, as_preference
@@ -100,22 +100,15 @@ def _add_fold(
         return
     fits = []
     for task in names:
-        fit = correction.fitted.fit(task)
-        fits.append(refitted(fit, fit.total.without(held_out[task])))
+        fit = correction.fitted.mixed(task) if len(names) > 1 else correction.fitted.fit(task)
+        fits.append(fit.refitted(fit.total.without(held_out[task])))
     maps = _solved(correction, fits, names, weights)
     for task, fit in zip(names, fits, strict=True):
-        fold = held_out[task]
-        if fold.n == 0:
-            continue
-        W, b = _split(fit, maps)
-        H = rows[task]
-        read = fold.read_by(H)
-        errors[task][0] += read.error(
-            W if H is None else H @ W, b if b is None or H is None else H @ b
-        )
-        if W.shape[0] == W.shape[1]:
-            eye = torch.eye(len(W)).to(W)
-            errors[task][1] += read.error(eye if H is None else H)
+        fold, H = held_out[task], rows[task]
+        errors[task][0] += held_out_error(fit, maps, fold, H)
+        if fold.cross.shape[0] == fold.cross.shape[1]:
+            eye = torch.eye(len(fold.cross)).to(fold.cross)
+            errors[task][1] += fold.read_by(H).error(eye if H is None else H)
 
 
 def _solved(
@@ -132,12 +125,6 @@ def _solved(
     if solver_rows:
         maps = HeadSolver(fits, solver_rows, correction.options.head).maps(weights, maps)
     return maps[0]
-
-
-def _split(fit: TaskFit, maps: Tensor) -> tuple[Tensor, Tensor | None]:
-    if fit.bias == "shared":
-        return maps[:, :-1], maps[:, -1]
-    return maps, fit.offset(maps) if fit.bias == "per_task" else None
 
 
 def _measured_rows(

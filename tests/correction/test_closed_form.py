@@ -48,7 +48,8 @@ def test_1_one_hot_is_the_tasks_own_ridge(
     make_features: Callable, make_statistics: Callable, sizes: dict, beta: float, mode: str
 ) -> None:
     features = make_features(sizes)
-    for scale in ("none", "per_sample", "per_energy", "per_gap"):
+    scales = ("none", "per_sample", "per_energy", "per_gap") if mode == "relative" else ("none",)
+    for scale in scales:
         correction = fixed(make_statistics(features), beta=beta, beta_mode=mode, task_scale=scale)
         for task, (Z, Y) in features.items():
             G, A = Z.T @ Z, Y.T @ Z
@@ -266,9 +267,10 @@ def test_12_a_rising_weight_never_hurts_its_task(
     assert not bool(((a[:, None] < a - 1e-9) & (b[:, None] < b - 1e-9)).any())
 
 
-@SIZES
 @pytest.mark.parametrize("bias", ["none", "shared", "per_task"])
-@pytest.mark.parametrize("beta", [0.0, 1e-2, math.inf])
+@pytest.mark.parametrize(
+    ("sizes", "beta"), [(SMALL, 1e-2), (LARGE, 1e-2), (SMALL, 0.0), (LARGE, math.inf)]
+)
 def test_13_folded_batched_and_looped_agree(
     make_features: Callable, make_statistics: Callable, sizes: dict, bias: str, beta: float
 ) -> None:
@@ -278,7 +280,7 @@ def test_13_folded_batched_and_looped_agree(
         "a": (torch.randn(3, 5), torch.randn(3)),
         "c": (torch.randn(7, 5), None),
     }
-    P = torch.tensor([[1.0, 1, 1], [0, 0.5, 0.5], [0, 0, 1], [0.1, 0.2, 0.7], [1, 0, 0]])
+    P = torch.tensor([[1.0, 1, 1], [0, 0.5, 0.5], [0, 0, 1], [1, 0, 0]])
     for task, (H, c) in heads.items():
         Z = features[task][0]
         weight, offset = correction.fold(P, task, H, c)

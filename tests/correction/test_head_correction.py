@@ -190,9 +190,15 @@ def brute_held_out(
     return result
 
 
-@pytest.mark.parametrize("p", [None, {"a": 0.2, "b": 0.3, "c": 0.5}])
-@pytest.mark.parametrize("behind_heads", [False, True])
-@pytest.mark.parametrize("bias", ["none", "per_task"])
+@pytest.mark.parametrize(
+    ("p", "behind_heads", "bias"),
+    [
+        (None, True, "per_task"),
+        (None, False, "none"),
+        ({"a": 0.2, "b": 0.3, "c": 0.5}, True, "none"),
+        ({"a": 0.2, "b": 0.3, "c": 0.5}, False, "per_task"),
+    ],
+)
 def test_held_out_errors_equal_refitting(
     make_features: Callable,
     make_statistics: Callable,

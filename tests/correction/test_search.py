@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lightning_merge.correction import BetaSearch, ClosedFormCorrection, CorrectionStatistics
 from lightning_merge.correction.choice import Choice, prior_matrix
+from lightning_merge.correction.mixing import CAPS
 from lightning_merge.correction.search import GRID
 from lightning_merge.correction.sums import fold_of
+from lightning_merge.correction.validation import cross_validated_errors
 from lightning_merge.functional.head_metric import readout
 
 SMALL = {"a": 7, "b": 9}
@@ -149,10 +151,39 @@ def test_modes_name_the_same_ridge(
     make_features: Callable, make_statistics: Callable, mode: str
 ) -> None:
     statistics = make_statistics(make_features(LARGE, d=8))
-    relative = ClosedFormCorrection(statistics)
-    other = ClosedFormCorrection(statistics, beta_mode=mode)
+    few = BetaSearch(anchors=(0.0, 1.0))
+    relative = ClosedFormCorrection(statistics, search=few)
+    other = ClosedFormCorrection(statistics, beta_mode=mode, search=few)
     p = [0.3, 0.7]
     assert torch.allclose(relative.solve(p).weight, other.solve(p).weight, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", ["none", "shared", "per_task"])
+def test_the_cap_of_mixtures_has_the_least_held_out_error(
+    make_features: Callable, make_statistics: Callable, bias: str
+) -> None:
+    features = make_features({"a": 6, "b": 9, "c": 7}, d=8, noise=1.0)
+    options = {"bias": bias, "search": BetaSearch(anchors=(0.0, 1.0))}
+    correction = ClosedFormCorrection(make_statistics(features), **options)
+    chosen = correction.fitted.cap()
+    errors = {}
+    for cap in CAPS:
+        correction.fitted.mixing_cap = cap
+        found = cross_validated_errors(correction, [1, 1, 1])
+        errors[cap] = sum(
+            error.corrected * _variance(features[task][1], bias) for task, error in found.items()
+        )
+    assert errors[chosen] <= min(errors.values()) * (1 + 1e-9)
+    assert len(set(errors.values())) > 1
+    own = correction.solve({"a": 1}, "a").weight
+    correction.fitted.mixing_cap = chosen
+    assert torch.equal(own, correction.solve({"a": 1}, "a").weight)
+
+
+def _variance(Y: Tensor, bias: str) -> float:
+    """Variance over the energy that the search divides by."""
+    variance = float((Y - Y.mean(0)).square().sum())
+    return variance / (float(Y.square().sum()) if bias == "none" else variance)
 
 
 def test_stored_choices_spare_the_search(

@@ -28,6 +28,8 @@ from lightning_merge.states import (
 
 FORMAT = "expert pool"
 VERSION = 1
+FIT_SECONDS = "fit/seconds"
+"""Name of the score that holds how long an expert's fit took, from its start to its end."""
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

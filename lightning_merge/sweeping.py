@@ -23,6 +23,7 @@ from lightning_merge.pareto import (
     priority,
     response,
 )
+from lightning_merge.pool import FIT_SECONDS, ExpertPool
 from lightning_merge.runtime import Runtime
 from lightning_merge.states import StateDict
 
@@ -148,7 +149,7 @@ def sweep_model(
         | {"per_task": _own_corners(tasks, kinds, favoured, scores)},
         method=_method_name(model),
         diagnostics=model.correction.report(),
-        timings={**model.record.get("timings", {}), **timings},
+        timings={**_fit_seconds(experts), **model.record.get("timings", {}), **timings},
         versions={
             name: importlib.metadata.version(name)
             for name in ("lightning-merge", "lightning", "torch", "timm")
@@ -173,6 +174,14 @@ def _own_corners(
     marks = list(zip(kinds, favoured, strict=True))
     own = [scores[task].accuracy[marks.index(("one_hot", task))] for task in tasks]
     return torch.stack(own)
+
+
+def _fit_seconds(experts: Experts) -> dict[str, float]:
+    if not isinstance(experts, ExpertPool):
+        return {}
+    seconds = [experts.scores(task).get(FIT_SECONDS) for task in experts.tasks]
+    known = [value for value in seconds if value is not None]
+    return {"fit": sum(known)} if known else {}
 
 
 def _divisions(count: int) -> int:

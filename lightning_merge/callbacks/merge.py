@@ -1,5 +1,6 @@
 """Record the expert that a fit makes, and merge when the last one is in."""
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_merge.callbacks.specs import build_correction, build_method, plai
 from lightning_merge.checkpoints import read_checkpoint
 from lightning_merge.merging import merge_experts
 from lightning_merge.networks import get_submodule, name_within, plain_copy
-from lightning_merge.pool import ExpertPool
+from lightning_merge.pool import FIT_SECONDS, ExpertPool
 from lightning_merge.states import StateDict
 from lightning_merge.strategies import on_first, runtime_of
 
@@ -93,6 +94,7 @@ class MergeCallback(Callback):
         self.method = build_method(method)
         self.correction = build_correction({} if correction == "default" else correction)
         self._trained_from: str | None = None
+        self._started = 0.0
 
     @property
     @override
@@ -112,6 +114,7 @@ class MergeCallback(Callback):
         if _is_dry(trainer):
             return
         self._trained_from = on_first(trainer, lambda: self._start(trainer, pl_module))
+        self._started = time.perf_counter()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,6 +166,7 @@ class MergeCallback(Callback):
         """Add the expert to the pool; return whether the declared tasks are now all in."""
         network, task = self._network(pl_module), self._task(trainer)
         expert, scores = self._best(trainer, pl_module) or (network, _scores(trainer))
+        scores |= {FIT_SECONDS: time.perf_counter() - self._started}
         batches = calibration_batches(
             trainer, network, task, self.calibration, self.inputs, self.num_calibration
         )

@@ -51,7 +51,9 @@ class TIES(WeightMethod):
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
         """Find the cuts of the scope in passes of their own, so that the merge can go by blocks."""
         model = _Model(self, base, experts)
-        names = self.method_names(base)
+        # by name: a file keeps its tensors in another order than the model it was written from,
+        # and of entries that tie for the last place the first ones stay
+        names = sorted(self.method_names(base))
         if self.scope == "tensor":
             return self.bound_to_blocks(lambda name: self._merger(model, [name], name))
         cuts = model.cuts(names)

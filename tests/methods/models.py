@@ -16,7 +16,8 @@ SHAPES = {
 
 def random_state(seed: int, shapes=SHAPES, dtype=torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    names = sorted(shapes)
+    return {n: torch.randn(shapes[n], generator=generator).to(dtype) for n in names}
 
 
 def models(num_experts: int = 3, seed: int = 0, shapes=SHAPES, dtype=torch.float32, step=0.1):

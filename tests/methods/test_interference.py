@@ -44,6 +44,6 @@ def test_parameters_of_the_method_alone():
     base, experts = models(2)
     method = TaskArithmetic(include=("fc.*",))
     found = dict(measure_interference(method, base, experts))
-    assert list(found) == ["fc.weight", "fc.bias"]
+    assert list(found) == ["fc.bias", "fc.weight"]
     task_vector = experts["task1"]["fc.bias"] - base["fc.bias"]
     assert found["fc.bias"].norms[1] == pytest.approx(float(task_vector.norm()), rel=1e-5)

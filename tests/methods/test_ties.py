@@ -155,3 +155,12 @@ def test_statistics_and_excluded_parameters_do_not_rank():
 def test_density_is_a_fraction(density):
     with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
         TIES(density=density)
+
+
+def test_order_of_parameters_does_not_decide_ties():
+    base = {"b": torch.zeros(3), "a": torch.zeros(3)}
+    expert = {name: torch.ones(3) for name in base}
+    forth = TIES(density=0.5).merge(base, {"x": expert})
+    back = TIES(density=0.5).merge(dict(reversed(base.items())), {"x": expert})
+    assert forth["a"].tolist() == back["a"].tolist() == [1.0, 1.0, 1.0]
+    assert forth["b"].tolist() == back["b"].tolist() == [0.0, 0.0, 0.0]

@@ -17,6 +17,7 @@ from lightning_merge.methods import Average, MergeMethod
 from lightning_merge.networks import plain_copy
 from lightning_merge.pool import ExpertPool
 from lightning_merge.report import LiveModel, build_live, console_table, write_report
+from lightning_merge.selecting import corrections_with, select_from, select_merge
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
 
@@ -50,6 +51,7 @@ class MergeTrainer(Trainer):
         tasks: list[str] | None = None,
         batch_norm: BatchNorm = "auto",
         batch_size: int = 128,
+        select: bool | list[MergeMethod] = False,
     ) -> None:
         """Merge the experts of a pool and calibrate the correction.
 
@@ -65,10 +67,13 @@ class MergeTrainer(Trainer):
             batch_norm: Running statistics of batch norms: re-estimated on calibration inputs,
                 averaged over the experts, or re-estimated where there are inputs.
             batch_size: Samples a forward pass.
+            select: Score several merges by the cross-validated error of their correction, without
+                labels, and keep the best: ``true`` for the default candidates, the base among
+                them, beside ``method``, or a list of methods. Needs a ``correction``, which is
+                tried beside the default ones.
         """
-        self._launch(
-            self._merge, model, pool, output, method, correction, tasks, batch_norm, batch_size
-        )
+        settings = (method, correction, tasks, batch_norm, batch_size)
+        self._launch(self._merge, model, pool, output, *settings, select)
 
     def sweep(
         self,
@@ -148,17 +153,33 @@ class MergeTrainer(Trainer):
         tasks: list[str] | None,
         batch_norm: BatchNorm,
         batch_size: int,
+        select: bool | list[MergeMethod] = False,
     ) -> None:
-        merged = merge_experts(
-            ExpertPool.open(pool),
-            method,
-            correction=correction,
-            module=_network(model),
-            tasks=tasks,
-            batch_norm=batch_norm,
-            batch_size=batch_size,
-            runtime=runtime_of(self),
-        )
+        experts, network = ExpertPool.open(pool), _network(model)
+        if select is not False:
+            selection = select_merge(
+                experts,
+                select_from(select, method, len(tasks or experts.tasks)),
+                corrections=corrections_with(correction),
+                module=network,
+                tasks=tasks,
+                batch_norm=batch_norm,
+                batch_size=batch_size,
+                runtime=runtime_of(self),
+            )
+            self.print(selection.summary())
+            merged = selection.model
+        else:
+            merged = merge_experts(
+                experts,
+                method,
+                correction=correction,
+                module=network,
+                tasks=tasks,
+                batch_norm=batch_norm,
+                batch_size=batch_size,
+                runtime=runtime_of(self),
+            )
         on_first(self, lambda: merged.save(output))
 
     def _sweep(

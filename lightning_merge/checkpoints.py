@@ -77,27 +77,26 @@ def under_prefix(state: StateDict, names: list[str], source: str) -> tuple[str, 
     """Find the prefix under which a state dict holds all of ``names``.
 
     Returns:
-        The prefix (``""``, or one that ends in a dot) and the tensors below it, without it.
+        The prefix (``""``, or one that ends in a dot; of several the shortest) and the tensors
+        below it, without it.
 
     Raises:
-        ValueError: If no prefix fits; the message lists the names at the top level.
+        ValueError: If no prefix fits; the message lists what is missing under the best one, and
+            the names at the top level.
     """
     anchor = names[0]
-    prefixes = [name[: -len(anchor)] for name in state if name.endswith(anchor)]
-    fitting = [
-        prefix
-        for prefix in sorted(set(prefixes), key=len)
-        if (not prefix or prefix.endswith(".")) and all(prefix + name in state for name in names)
-    ]
-    if not fitting:
+    prefixes = {name.removesuffix(anchor) for name in state if name.endswith(anchor)} | {""}
+    prefixes = {prefix for prefix in prefixes if not prefix or prefix.endswith(".")}
+    best = min(prefixes, key=lambda p: (-sum(p + name in state for name in names), len(p), p))
+    if missing := [name for name in names if best + name not in state]:
         top = sorted({name.partition(".")[0] for name in state})
+        more = f", … ({len(missing) - 5} more)" if len(missing) > 5 else ""
         raise ValueError(
-            f"{source} does not hold the {len(names)} parameters of the base's backbone (such as "
-            f"'{anchor}'); at its top level: {', '.join(top[:8])}. Was it trained from this base?"
+            f"{source} does not hold the backbone: {len(missing)} of {len(names)} parameters are "
+            f"missing: {', '.join(missing[:5])}{more}; at its top level: {', '.join(top[:8])}. "
+            "Give a checkpoint of the same architecture, fine-tuned from this base."
         )
-    prefix = fitting[0]
-    inside = {name[len(prefix) :]: state[name] for name in state if name.startswith(prefix)}
-    return prefix, inside
+    return best, {name[len(best) :]: state[name] for name in state if name.startswith(best)}
 
 
 def _refused(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.states import StateDict
+from lightning_merge.states import StateDict, shape_of
 
 WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module")
 """Name parts that torch.compile, Fabric and FSDP put between a module and its parent."""
@@ -135,32 +135,30 @@ def load_backbone(network: nn.Module, state: StateDict, head: str) -> None:
     Names that share one tensor in the network need to be in ``state`` once.
 
     Raises:
-        ValueError: If names or shapes differ; the network may then be half filled.
+        ValueError: If names or shapes differ; all differences are listed and nothing is copied.
     """
     live, _ = split_state(network, head)
-    unknown = [name for name in state if name not in live]
-    filled: set[int] = set()
-    problems = [f"'{name}' is not in the network" for name in unknown]
-    for name, target in live.items():
-        if name not in state:
-            continue
-        value = state[name]
-        if value.shape != target.shape:
-            problems.append(f"'{name}' {tuple(value.shape)} vs {tuple(target.shape)}")
-            continue
-        target.copy_(value)
-        filled.add(target.data_ptr())
-    problems += [
+    given = {value.data_ptr() for name, value in live.items() if name in state}
+    unknown = [f"'{name}' is not in the network" for name in state if name not in live]
+    missing = [
         f"'{name}' is missing"
-        for name, target in live.items()
-        if name not in state and target.numel() and target.data_ptr() not in filled
+        for name, value in live.items()
+        if name not in state and value.numel() and value.data_ptr() not in given
     ]
-    if problems:
+    shapes = [
+        f"'{name}' {shape_of(state, name)} vs {tuple(value.shape)}"
+        for name, value in live.items()
+        if name in state and shape_of(state, name) != tuple(value.shape)
+    ]
+    if problems := unknown + shapes + missing:
         shown = ", ".join(problems[:5]) + (f", … ({len(problems)} in all)" * (len(problems) > 5))
         raise ValueError(
             f"these weights do not fit {type(_inner(network)).__name__}: {shown}. Build the "
             "network with the arguments it was trained with."
         )
+    for name, target in live.items():
+        if name in state:
+            target.copy_(state[name])
 
 
 def build_head(template: nn.Module, state: StateDict) -> nn.Module:

@@ -17,8 +17,9 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from lightning_merge.modules.base_checkpoint import load_backbone
-from lightning_merge.modules.networks import create_timm, find_head, set_num_classes, timm_head
+from lightning_merge.modules.base_checkpoint import load_base
+from lightning_merge.modules.networks import create_timm, set_num_classes, timm_head
+from lightning_merge.networks import get_submodule
 
 Batch = Sequence[Tensor]
 
@@ -82,7 +83,7 @@ class ExpertModule(LightningModule):
             assert model is not None
             network = create_timm(model, self._model_args, pretrained, num_classes or 0)
         self.head: str = head or timm_head(network)
-        find_head(network, self.head)
+        get_submodule(network, self.head)
         self.network = network
         self.num_classes: int | None = None
         self._declared_classes = num_classes
@@ -91,7 +92,7 @@ class ExpertModule(LightningModule):
         self._metric = metric or partial(MulticlassAccuracy, average="micro")
         self.metric_name = metric_name
         if base_checkpoint is not None:
-            load_backbone(network, self.head, base_checkpoint)
+            load_base(network, self.head, base_checkpoint)
         if num_classes is not None:
             self._build_head(num_classes)
 

@@ -5,6 +5,8 @@ from typing import Any
 import timm
 from torch import nn
 
+from lightning_merge.networks import first_linear, get_submodule, set_submodule
+
 
 def create_timm(
     model: str, model_args: dict[str, Any], pretrained: bool | str, num_classes: int
@@ -48,22 +50,6 @@ def timm_head(network: nn.Module) -> str:
     return classifier
 
 
-def find_head(network: nn.Module, head: str) -> nn.Module:
-    """The module at a dotted path.
-
-    Raises:
-        ValueError: If there is none, listing the network's children.
-    """
-    try:
-        return network.get_submodule(head)
-    except AttributeError as error:
-        children = ", ".join(name for name, _ in network.named_children())
-        raise ValueError(
-            f"{type(network).__name__} has no head '{head}': {error}. Its children are {children}; "
-            "give a dotted path such as 'head' or 'classifier.0'."
-        ) from error
-
-
 def set_num_classes(network: nn.Module, head: str, num_classes: int) -> None:
     """Make the last linear layer of the head one of ``num_classes`` outputs, in place.
 
@@ -72,15 +58,10 @@ def set_num_classes(network: nn.Module, head: str, num_classes: int) -> None:
     Raises:
         ValueError: If the head has no linear layer.
     """
-    linear = [
-        name for name, m in find_head(network, head).named_modules() if isinstance(m, nn.Linear)
-    ]
-    if not linear:
-        raise ValueError(
-            f"the head '{head}' of {type(network).__name__} has no linear layer; give the path of "
-            "the module that turns features into class scores."
-        )
-    path = f"{head}.{linear[-1]}".rstrip(".")
+    module = get_submodule(network, head)
+    first_linear(module, head)
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    path = f"{head}.{names[-1]}".rstrip(".")
     old = network.get_submodule(path)
     assert isinstance(old, nn.Linear)
     if old.out_features == num_classes:
@@ -92,4 +73,4 @@ def set_num_classes(network: nn.Module, head: str, num_classes: int) -> None:
         device=old.weight.device,
         dtype=old.weight.dtype,
     )
-    network.set_submodule(path, new)
+    set_submodule(network, path, new)

@@ -201,7 +201,7 @@ def test_the_spec_rebuilds_the_network_from_json(tmp_path):
         ({}, "either 'model' .* or 'network' .*, found neither"),
         ({"model": "resnet18", "network": MLP()}, "found both"),
         ({"network": MLP()}, "give the 'head' of MLP: .* Its children are net"),
-        ({"network": MLP(), "head": "net.9"}, "MLP has no head 'net.9'"),
+        ({"network": MLP(), "head": "net.9"}, "unknown path 'net.9'"),
         ({"network": MLP(), "head": "net.3", "pretrained": True}, "belong to timm models"),
         (
             {"model": "resnet18", "pretrained": True, "base_checkpoint": "x.ckpt"},

@@ -108,6 +108,9 @@ def reestimate_batch_norm(
     with ExitStack() as restore, torch.inference_mode():
         for layer in layers:
             restore.callback(setattr, layer, "momentum", layer.momentum)
+            if layer.num_batches_tracked is not None:  # processes run different numbers of batches
+                kept = layer.num_batches_tracked.clone()
+                restore.callback(layer.num_batches_tracked.copy_, kept)
             layer.momentum = 1.0  # the running statistics are then those of the last batch
             layer.train()
         mine = list(runtime.share(starts))

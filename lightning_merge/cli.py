@@ -2,11 +2,15 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    set_parsing_settings,
+)
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -21,9 +25,11 @@ import lightning_merge.callbacks
 import lightning_merge.data
 import lightning_merge.methods
 import lightning_merge.modules  # noqa: F401
+from lightning_merge.strategies import FirstProcessError
 from lightning_merge.trainer import MergeTrainer
 
 OWN = ("merge", "sweep", "export")
+ABOUT = "Fine-tune experts, merge them, and steer the merged model with a preference."
 COMMANDS = ("fit", "validate", "test", "predict", *OWN)
 
 
@@ -121,10 +127,12 @@ class MergeCLI(LightningCLI):
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         else:
             parser = self.init_parser(**kwargs)
-            self._add_arguments(parser)
+            # First, so that help and printed configs begin with what the stage is about.
             self._subcommand_method_arguments[subcommand] = parser.add_method_arguments(
                 klass, subcommand, skip=set(self.subcommands()[subcommand]), sub_configs=True
             )
+            self._add_arguments(parser)
+            parser.usage = f"lightning-merge {subcommand} [-c CONFIG] [options]"
         for action in parser._actions:
             if isinstance(action, ActionConfigFile):
                 action.__class__ = SuiteConfig
@@ -160,14 +168,18 @@ def _knows_its_network(config: Any) -> bool:
 
 def main(args: ArgsType = None) -> None:
     """Run the command line; a mistake in a stage of merging ends in one line, not a traceback."""
+    with suppress(TypeError):  # an older jsonargparse shows fields without their docstrings
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         MergeCLI(
             trainer_class=MergeTrainer,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"default_env": True},
+            parser_kwargs={"default_env": True, "prog": "lightning-merge", "description": ABOUT},
             args=args,
         )
+    except FirstProcessError:
+        sys.exit(1)  # the first process says why
     except (ValueError, OSError, KeyError) as error:
         words = sys.argv[1:] if args is None else list(args)
         if not set(OWN) & set(words):
@@ -175,3 +187,7 @@ def main(args: ArgsType = None) -> None:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"lightning-merge: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

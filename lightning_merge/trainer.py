@@ -6,18 +6,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.evaluation import Scores
-from lightning_merge.merged import MergedModel
+from lightning_merge.files import read_json
+from lightning_merge.merged import FORMAT, VERSION, MergedModel
 from lightning_merge.merging import BatchNorm, Correction, merge_experts
 from lightning_merge.methods import Average, MergeMethod
-from lightning_merge.networks import plain_copy
+from lightning_merge.networks import named_state, plain_copy
+from lightning_merge.pareto import SweepResult
 from lightning_merge.pool import ExpertPool
 from lightning_merge.report import LiveModel, build_live, console_table, write_report
 from lightning_merge.selecting import corrections_with, select_from, select_merge
+from lightning_merge.states import LazyStateDict
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
 
@@ -120,7 +123,7 @@ class MergeTrainer(Trainer):
             task: One task, with the expert's own parameter names; all tasks by default.
             format: Weights, or a program.
         """
-        steerable = MergedModel.load(merged, module=_network(model))
+        steerable = _load(merged, model)
         example = None
         if format != "safetensors":
             example = _example(steerable, task)
@@ -133,7 +136,8 @@ class MergeTrainer(Trainer):
         if launcher is None:
             self._staged(work, *args)
         else:
-            launcher.launch(self._staged, work, *args, trainer=self)
+            # Without trainer=: results are in files, and there is no module to send back.
+            launcher.launch(self._staged, work, *args)
 
     def _staged(self, work: Callable[..., None], *args: Any) -> None:
         self.strategy.setup_environment()
@@ -155,7 +159,8 @@ class MergeTrainer(Trainer):
         batch_size: int,
         select: bool | list[MergeMethod] = False,
     ) -> None:
-        experts, network = ExpertPool.open(pool), _network(model)
+        experts = ExpertPool.open(pool)
+        network = network_within(model, experts.base, experts.head)
         if select is not False:
             selection = select_merge(
                 experts,
@@ -198,12 +203,17 @@ class MergeTrainer(Trainer):
             )
         suite: TestSets = datamodule
         runtime = runtime_of(self)
-        on_first(self, datamodule.prepare_data)
-        datamodule.setup("test")
-        steerable = MergedModel.load(merged, module=_network(model))
+        self._prepare(datamodule)
+        steerable = _load(merged, model)
+        source = pool or steerable.record.get("pool")
+        if source is None:
+            raise ValueError(
+                f"{merged} was merged from modules in memory, so the sweep does not know where its "
+                "experts and base are: give pool=..., on the command line --pool."
+            )
         result, scores = sweep_model(
             steerable,
-            ExpertPool.open(pool or steerable.record["pool"]),
+            ExpertPool.open(source),
             lambda task: sharded(suite.dataloader(suite.test_dataset(task)), runtime),
             grid,
             runtime,
@@ -218,25 +228,77 @@ class MergeTrainer(Trainer):
                 self.print(path)
 
         on_first(self, write)
-        self._log_rows(result.summary())
+        self._log(result)
+        datamodule.teardown("test")
 
-    def _log_rows(self, summary: Mapping[str, Any]) -> None:
-        figures = {
-            f"{row}/{name}": values[name]
-            for row, values in summary["rows"].items()
-            for name in ("raw_mean", "normalized_mean")
-        }
+    def _prepare(self, datamodule: LightningDataModule) -> None:
+        """Prepare data as a fit does: once, or once a node; then set up on every process."""
+        datamodule.trainer = self
+        on_first(self, datamodule.prepare_data)
+        if datamodule.prepare_data_per_node and self.local_rank == 0 and not self.is_global_zero:
+            datamodule.prepare_data()
+        self.strategy.barrier("lightning_merge_prepare_data")
+        datamodule.setup("test")
+
+    def _log(self, result: SweepResult) -> None:
+        """One step a preference: its weights and scores; the named rows with the first."""
+        rows = [
+            {
+                **{
+                    f"preference/{task}": float(p)
+                    for task, p in zip(result.tasks, weights, strict=True)
+                },
+                **{
+                    f"{result.metric}/{task}": float(x)
+                    for task, x in zip(result.tasks, scores, strict=True)
+                },
+                f"{result.metric}/mean": float(scores.mean()),
+            }
+            for weights, scores in zip(result.preferences, result.raw, strict=True)
+        ]
+        for row, values in result.summary()["rows"].items():
+            rows[0] |= {f"{row}/{name}": values[name] for name in ("raw_mean", "normalized_mean")}
         for logger in self.loggers:
-            logger.log_metrics(figures, step=0)
+            for step, row in enumerate(rows):
+                logger.log_metrics(row, step=step)
             logger.save()
             logger.finalize("success")
 
 
-def _network(model: LightningModule | None) -> nn.Module | None:
+def network_within(model: nn.Module | None, names: Iterable[str], head: str) -> nn.Module | None:
+    """Find the network in a LightningModule, whatever its name there: a copy, wrappers apart.
+
+    Args:
+        model: A LightningModule or any module; ``None`` gives ``None``.
+        names: Names of the backbone's tensors in the network.
+        head: Dotted path of the head in the network.
+
+    Raises:
+        ValueError: If no part of it has these names.
+    """
     if model is None:
         return None
-    network = getattr(model, "network", None)
-    return plain_copy(network if isinstance(network, nn.Module) else model)
+    wanted = set(names)
+    for part in model.modules():
+        found = set(named_state(part))
+        if wanted <= found and any(name.startswith(f"{head}.") for name in found):
+            return plain_copy(part)
+    raise ValueError(
+        f"no part of {type(model).__name__} has the backbone's {len(wanted)} tensors (such as "
+        f"'{min(wanted, default='')}') and a head '{head}'. Give the module that was fine-tuned."
+    )
+
+
+def _named(kind: str, tasks: Iterable[str], values: Tensor) -> dict[str, float]:
+    return {f"{kind}/{task}": x for task, x in zip(tasks, values.tolist(), strict=True)}
+
+
+def _load(folder: str, model: nn.Module | None) -> MergedModel:
+    if model is None:
+        return MergedModel.load(folder)
+    names = LazyStateDict(Path(folder) / "backbone.safetensors")
+    head = read_json(Path(folder) / "merged.json", FORMAT, VERSION)["head"]
+    return MergedModel.load(folder, module=network_within(model, names, head))
 
 
 def _live(model: MergedModel, scores: Mapping[str, Scores]) -> LiveModel | None:

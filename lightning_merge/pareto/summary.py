@@ -62,7 +62,9 @@ def _uniformity(result: "SweepResult") -> float | None:
         return None
     if not result.higher_is_better and bool((result.raw < 0).any()):
         return None
-    measure = Uniformity(best=1.0 if result.higher_is_better else None)
+    # A result is whole on every process, so none waits for the others here.
+    best = 1.0 if result.higher_is_better else None
+    measure = Uniformity(best=best, sync_on_compute=False)
     measure.update(result.preferences, result.raw)
     return _plain(measure.compute())
 
@@ -70,7 +72,7 @@ def _uniformity(result: "SweepResult") -> float | None:
 def _alignment(result: "SweepResult") -> dict[str, Any] | None:
     if not bool(torch.isfinite(result.normalized).all()):
         return None
-    measure = PreferenceAlignment(maximize=result.higher_is_better)
+    measure = PreferenceAlignment(maximize=result.higher_is_better, sync_on_compute=False)
     measure.update(result.preferences, result.normalized)
     summary: dict[str, Any] = {}
     for name, value in measure.compute().items():

@@ -1,0 +1,61 @@
+"""Results as Markdown: what was run, where, and the tables."""
+
+import importlib.metadata
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path("docs/results")
+
+
+def write(name: str, title: str, seeds: Sequence[int], sections: Sequence[str]) -> Path:
+    """Write ``docs/results/NAME.md``, the command and the versions on top."""
+    packages = ("lightning-merge", "torch", "timm", "scikit-learn")
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    header = [
+        f"# {title}",
+        f"Made by `{command(name)}`; seeds {', '.join(map(str, seeds))}.",
+        f"{versions}; Python {platform.python_version()}. {hardware()}, one thread each for "
+        f"training and measuring ({torch.get_num_threads()} in use).",
+    ]
+    path = RESULTS / f"{name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join([*header, *sections]) + "\n", encoding="utf-8")
+    return path
+
+
+def command(name: str) -> str:
+    """The command that was given."""
+    return " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+
+
+def hardware() -> str:
+    """Processor and operating system."""
+    found = [
+        line.partition(":")[2].strip()
+        for line in _lines(Path("/proc/cpuinfo"))
+        if line.startswith("model name")
+    ]
+    return f"{found[0] if found else platform.machine()} ({platform.system()})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; text to the left, the rest to the right."""
+    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    aligned = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], aligned, *lines[1:]])
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation over the seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []

@@ -186,6 +186,12 @@ class MergeTrainer(Trainer):
                 runtime=runtime_of(self),
             )
         on_first(self, lambda: merged.save(output))
+        facts = merged.correction.report() if merged.statistics else {}
+        figures = {f"merge/r2/{task}": found["r2"] for task, found in facts.items()}
+        for logger in self.loggers:
+            logger.log_metrics(figures | merged.record["timings"], step=0)
+            logger.save()
+        self.print(f"wrote {output}")
 
     def _sweep(
         self,

@@ -22,6 +22,12 @@ WIDEST_AS_COLUMNS = 10
 """More tasks than this stand as lines, with the reference rows as columns."""
 
 
+CAPTION = (
+    "Priority and one-hot show each task under its own preference; per task folds each head with "
+    "its own map, the ceiling where the task of an input is known."
+)
+
+
 def console_table(result: SweepResult) -> "Table":
     """Reference rows of a sweep for the terminal: 8 tasks fit in 100 columns.
 
@@ -34,7 +40,7 @@ def console_table(result: SweepResult) -> "Table":
     head, blocks = table_cells(result)
     table = Table(
         title=result.method,
-        caption="Priority and one-hot show each task under its own preference.",
+        caption=CAPTION,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         title_justify="left",

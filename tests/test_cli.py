@@ -282,11 +282,12 @@ def test_the_preset_adds_the_callback(tmp_path, request):
 
 def test_the_callback_in_the_configs_of_both_command_lines_is_plain_data(tmp_path, capsys):
     (tmp_path / "exp.yaml").write_text(EXPERIMENT)
+    method = {"class_path": "lightning_merge.methods.TIES", "init_args": {"density": 0.5}}
     ours = (
         "--trainer.callbacks+=lightning_merge.callbacks.MergeCallback",
         "--trainer.callbacks.pool=pool",
         '--trainer.callbacks.model={"class_path": "tests.callbacks.project.Net"}',
-        '--trainer.callbacks.method={"class_path": "TIES", "init_args": {"density": 0.5}}',
+        f"--trainer.callbacks.method={json.dumps(method)}",
     )
     for command_line in (project, lambda *args: main(list(args))):
         with pytest.raises(SystemExit):
@@ -294,5 +295,5 @@ def test_the_callback_in_the_configs_of_both_command_lines_is_plain_data(tmp_pat
         callbacks = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
         found = callbacks[-1]["init_args"]
         assert found["model"] == {"class_path": "tests.callbacks.project.Net"}
-        assert found["method"] == {"class_path": "TIES", "init_args": {"density": 0.5}}
+        assert found["method"] == method
         assert json.loads(json.dumps(found)) == found

@@ -22,14 +22,20 @@ def killed_before(step, work) -> bool:
 
         def watch(event, args):
             nonlocal seen
-            seen += event in TOUCHING
-            if seen > step:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if event in TOUCHING:
+                seen += 1
+                if seen > step:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(watch)
-        work()
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
         os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -53,7 +53,8 @@ class MergeCallback(Callback):
         tasks: The tasks that are to be merged, when the last of them is in. Without them experts
             are only recorded.
         merged: Folder of the merged model; by default ``merged`` beside the pool.
-        method: Merging method, ``{class_path, init_args}`` or its name; the average by default.
+        method: Merging method: ``{class_path, init_args}`` with the whole path, or its name alone,
+            such as ``TIES``; the average by default.
         correction: Options of the correction, ``paper`` for the published recipe, or ``none``.
     """
 

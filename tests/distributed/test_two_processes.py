@@ -1,6 +1,7 @@
 """Two gloo processes give what one gives: nothing is padded, repeated or dropped."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
+from lightning_merge.cli import main
+from lightning_merge.files import write_tensors
 from lightning_merge.states import LazyStateDict
 from tests.distributed.suite import TASKS, stages
 
@@ -83,3 +87,31 @@ def test_every_sample_counts_once(alone):
     assert counts, sorted(statistics)
     for task, size in zip(TASKS, (37, 23, 301), strict=True):
         assert sum(int(v.sum()) for n, v in counts.items() if n.startswith(f"{task}/")) == size
+
+
+def merge_of(pool, output):
+    main(
+        [
+            *("merge", "--trainer.accelerator=cpu", "--trainer.devices=2"),
+            *("--trainer.strategy=ddp_fork", "--trainer.enable_progress_bar=false"),
+            *("--model=tests.distributed.suite.Module", f"--pool={pool}", f"--output={output}"),
+            "--batch_size=8",
+        ]
+    )
+
+
+def test_an_error_of_the_first_process_ends_all(alone):
+    with pytest.raises(ProcessRaisedException, match="cannot write /proc/merged"):
+        merge_of(alone / "pool", "/proc/merged")
+
+
+def test_an_error_of_another_process_ends_all(tmp_path, alone):
+    shutil.copytree(alone / "pool", tmp_path / "pool")
+    path = tmp_path / "pool" / "calibration" / "three.safetensors"
+    inputs = LazyStateDict(path)
+    values, header = dict(inputs), inputs.metadata
+    values["inputs"][8:16] = float("nan")  # the second batch is the second process's
+    write_tensors(path, values, header)
+    with pytest.raises(ProcessRaisedException):
+        merge_of(tmp_path / "pool", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -40,6 +40,11 @@ class Merge:
     calibration: Features
     test: Features
 
+    @property
+    def heads(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Heads of the merged tasks."""
+        return {task: self.references.heads[task] for task in self.calibration}
+
     def statistics(
         self, sizes: int | Mapping[str, int] | None = None
     ) -> dict[str, CorrectionStatistics]:
@@ -52,7 +57,7 @@ class Merge:
         return found
 
     def correction(self, options: CorrectionOptions, sizes: Sizes = None) -> ClosedFormCorrection:
-        return options.build(self.statistics(sizes), self.references.heads)
+        return options.build(self.statistics(sizes), self.heads)
 
     def scores(
         self, correction: ClosedFormCorrection | None, preference: object

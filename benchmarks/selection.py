@@ -56,7 +56,7 @@ def trials(method: MergeMethod, merged: Merge) -> list[Trial]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             correction = merged.correction(options)
-            errors = cross_validated_errors(correction, equal, heads=merged.references.heads)
+            errors = cross_validated_errors(correction, equal, heads=merged.heads)
         accuracy = statistics.fmean(merged.scores(correction, equal).values())
         error = statistics.fmean(e.corrected for e in errors.values())
         is_base = method == TaskArithmetic(scale=0.0)

@@ -14,6 +14,7 @@ from lightning_merge.calibrating import (
 )
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.correction import CorrectionOptions, CorrectionStatistics
+from lightning_merge.correction.validation import warn_of_harm
 from lightning_merge.merged import MergedModel
 from lightning_merge.methods import (
     Average,
@@ -131,6 +132,7 @@ def merge_experts(
     batch_size: int = 128,
     device: torch.device | str | None = None,
     runtime: Runtime | None = None,
+    check: bool = True,
 ) -> MergedModel:
     """Merge the experts' backbones and calibrate the correction of the representation.
 
@@ -153,6 +155,7 @@ def merge_experts(
         batch_size: Samples a forward pass of calibration.
         device: Where to calibrate; the CPU by default.
         runtime: Processes and device, where several share the work.
+        check: Warn if the correction does harm on samples left out.
 
     Raises:
         ValueError: If there are fewer than two experts, one is unknown or unfit, or calibration
@@ -194,7 +197,7 @@ def merge_experts(
         statistics = _calibrated(source, network, heads, inputs, runtime, batch_size)
     timings["calibrate"] = time.perf_counter() - start
 
-    return MergedModel(
+    model = MergedModel(
         network=network.cpu(),
         head=source.head,
         heads={task: heads[task].cpu() for task in names},
@@ -210,6 +213,9 @@ def merge_experts(
             "timings": timings,
         },
     )
+    if check and statistics:
+        warn_of_harm(model.correction, model.linear_heads())
+    return model
 
 
 def describe(method: MergeMethod) -> dict[str, Any]:

@@ -199,6 +199,7 @@ def select_merge(
             batch_size=batch_size,
             device=device,
             runtime=runtime,
+            check=False,  # other corrections are tried on it
         )
         for options in corrections:
             tried = replace(model, options=options)

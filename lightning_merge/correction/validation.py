@@ -1,7 +1,9 @@
 """Held-out errors of a whole correction, from the statistics of its folds alone."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -162,3 +164,47 @@ def _check_folds(statistics: Mapping[str, CorrectionStatistics]) -> None:
             f"held-out errors need equal numbers of folds, at least two with samples; found "
             f"{numbers}, too few samples in {few}. Calibrate on more samples, with num_folds."
         )
+
+
+def warn_of_harm(
+    correction: ClosedFormCorrection, heads: Mapping[str, Head], *, stacklevel: int = 2
+) -> list[str]:
+    """Warn where a correction is no better than none on samples it was not solved from.
+
+    Checked behind the heads, at equal preference and for every task under its own. Statistics that
+    leave no samples out cannot tell, which is a warning too.
+
+    Args:
+        correction: The correction.
+        heads: Head of every task.
+        stacklevel: As for ``warnings.warn``, counted from the caller.
+
+    Returns:
+        What was warned of: ``"equal"``, ``"one_hot"`` or ``"unknown"``; empty if all is well or
+        widths differ, so that there is no merge without a correction.
+    """
+    tasks = correction.tasks
+    if any(len(correction.statistics[task].folds()) < 2 for task in tasks):
+        warnings.warn(
+            "too few calibration samples, or no folds, to tell whether the correction helps. "
+            "Calibrate on more samples.",
+            stacklevel=stacklevel + 1,
+        )
+        return ["unknown"]
+    harmful = []
+    for name, preference in (("equal", dict.fromkeys(tasks, 1 / len(tasks))), ("one_hot", None)):
+        errors = cross_validated_errors(correction, preference, heads).values()
+        pairs = [(e.corrected, e.identity) for e in errors if e.identity is not None]
+        if not pairs:
+            return []
+        corrected, identity = (fmean(column) for column in zip(*pairs, strict=True))
+        if corrected > identity * (1 + 1e-9) + 1e-12:
+            harmful.append(name)
+            warnings.warn(
+                f"the correction does harm at {name.replace('_', '-')} preference on samples left "
+                f"out (mean relative error {corrected:.3g} with it, {identity:.3g} without). "
+                "Calibrate on more samples, take beta='auto', prior='auto' or metric='head', or "
+                "use uncorrected().",
+                stacklevel=stacklevel + 1,
+            )
+    return harmful

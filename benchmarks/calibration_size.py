@@ -61,12 +61,17 @@ def measure(experts: Experts, merged: Merge) -> tuple[float, Gains, Gains]:
     return plain, found, warned
 
 
-def main(suites: list[str] = list(SUITES), seeds: list[int] = [0, 1, 2]) -> None:  # noqa: B006
+def main(
+    suites: list[str] = list(SUITES),  # noqa: B006
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    output: str = "calibration_size",
+) -> None:
     """Write docs/results/calibration_size.md.
 
     Args:
         suites: Which suites.
         seeds: Which seeds.
+        output: Another name of the file, without its ending, for some of the suites.
     """
     torch.set_num_threads(1)
     sections = [
@@ -96,7 +101,7 @@ def main(suites: list[str] = list(SUITES), seeds: list[int] = [0, 1, 2]) -> None
             _table(plain, found, warned),
         ]
         print("\n".join(sections[-2:]), flush=True)
-        write("calibration_size", "Calibration size", seeds, sections)
+        write("calibration_size", "Calibration size", seeds, sections, output)
 
 
 def _table(plain: list[float], found: Gains, warned: Gains) -> str:

@@ -12,8 +12,14 @@ import torch
 RESULTS = Path("docs/results")
 
 
-def write(name: str, title: str, seeds: Sequence[int], sections: Sequence[str]) -> Path:
-    """Write ``docs/results/NAME.md``, the command and the versions on top."""
+def write(
+    name: str,
+    title: str,
+    seeds: Sequence[int],
+    sections: Sequence[str],
+    output: str | None = None,
+) -> Path:
+    """Write ``docs/results/OUTPUT.md`` (by default NAME), the command and the versions on top."""
     packages = ("lightning-merge", "torch", "timm", "scikit-learn")
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     header = [
@@ -22,7 +28,7 @@ def write(name: str, title: str, seeds: Sequence[int], sections: Sequence[str]) 
         f"{versions}; Python {platform.python_version()}. {hardware()}, one thread each for "
         f"training and measuring ({torch.get_num_threads()} in use).",
     ]
-    path = RESULTS / f"{name}.md"
+    path = RESULTS / f"{output or name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join([*header, *sections]) + "\n", encoding="utf-8")
     return path

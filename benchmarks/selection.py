@@ -25,8 +25,6 @@ LIMIT = 500
 CORRECTIONS = (
     CorrectionOptions(),
     CorrectionOptions(metric="head"),
-    CorrectionOptions(prior="identity", beta=1e-2),
-    CorrectionOptions(prior="procrustes", beta=1.0),
     CorrectionOptions(prior="procrustes", beta=1e-2),
     CorrectionOptions(prior="procrustes", beta=1e-6),
     CorrectionOptions(metric="head", prior="procrustes", beta=1e-2),

@@ -145,9 +145,12 @@ def real(seed: int) -> dict[str, TaskData]:
     for name, make in (("digits", digits), ("mnist", mnist), ("textures", textures)):
         splits = {split: (_resized(x), torch.from_numpy(y)) for split, (x, y) in make(0).items()}
         images, labels = splits["train"]
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:2000]
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(images), generator=generator)[:2000]
+        unlabeled = splits["calibration"][0]  # textures are sorted by class: the first are not all
+        mixed = torch.randperm(len(unlabeled), generator=generator)
         train = images[order], labels[order]
-        tasks[name] = TaskData(train, splits["test"], splits["calibration"][0])
+        tasks[name] = TaskData(train, splits["test"], unlabeled[mixed])
     return tasks
 
 

@@ -2,6 +2,7 @@
 
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from benchmarks import results
 from benchmarks.calibration_size import SIZES, measure, sizes_of
 from benchmarks.features import merge, references
 from benchmarks.selection import CORRECTIONS, trials
-from benchmarks.suites import SUITES, Suite, TableTransformer, TaskData, build
+from benchmarks.suites import SUITES, Suite, TableTransformer, TaskData, build, real
 from lightning_merge import merge_experts
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.methods import Average, TaskArithmetic
@@ -95,7 +96,7 @@ def test_calibration_sizes(experts):
     assert len(found) == len(SIZES) * 3 * 2
     full = CorrectionOptions.paper()
     expected = merged.scores(merged.correction(full), "one-hot").values()
-    assert found["100 %", "paper", "one-hot"] == [statistics.fmean(expected)]
+    assert found["100 %", "paper", "one_hot"] == [statistics.fmean(expected)]
 
 
 def test_trials_of_the_base(experts):
@@ -123,3 +124,17 @@ def test_results_name_command_versions_and_seeds(tmp_path, monkeypatch):
     assert "torch 2" in content
     assert content.endswith("| a | b |\n| --- | ---: |\n| x | 1 |\n")
     assert results.mean_and_spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+
+
+def test_real_calibration_samples_are_mixed(monkeypatch):
+    """Some sets are sorted by class; the first samples must not be of one class only."""
+    images = np.repeat(np.arange(40, dtype=np.uint8), 64).reshape(40, 8, 8)
+    splits = dict.fromkeys(("train", "validation", "calibration", "test"), (images, np.arange(40)))
+    for name in ("digits", "mnist", "textures"):
+        monkeypatch.setattr(f"benchmarks.suites.{name}", lambda seed: splits)
+    data = real(0)["textures"]
+    first = data.calibration[:, 0, 0, 0]
+    assert torch.equal(first.sort().values, (torch.arange(40) / 127.5 - 1))
+    assert first[:10].max() > first[10:].min()
+    shown = data.train[0][:, 0, 0, 0]
+    assert torch.allclose(shown, data.train[1] / 127.5 - 1)  # labels stay with their images

@@ -102,10 +102,7 @@ def textures(seed: int, crops: int = 1000) -> dict[str, Split]:
         for split, chosen in _shares(rng.permutation(len(blocks))).items():
             count = round(SHARES[split] * crops)
             parts[split].append(_crop(blocks[rng.choice(chosen, count)], rng))
-    return {
-        split: (np.concatenate(images), np.repeat(np.arange(len(images)), len(images[0])))
-        for split, images in parts.items()
-    }
+    return {split: _mixed(images, [seed, len(PICTURES)]) for split, images in parts.items()}
 
 
 def share_out(images: Images, labels: Labels, seed: int) -> dict[str, Split]:
@@ -135,6 +132,13 @@ def save(splits: Mapping[str, Split], path: Path) -> None:
         shutil.rmtree(temporary)
         if shown:
             datasets.enable_progress_bars()
+
+
+def _mixed(images: list[Images], seed: list[int]) -> Split:
+    # Whoever reads only the first items of a split should see every class.
+    labels = np.repeat(np.arange(len(images)), len(images[0]))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return np.concatenate(images)[order], labels[order]
 
 
 def _shares(order: Int[np.ndarray, " items"]) -> dict[str, Int[np.ndarray, " part"]]:

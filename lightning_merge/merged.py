@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -285,7 +285,6 @@ class MergedModel:
         states = _by_task(LazyStateDict(path / "heads.safetensors"), manifest["tasks"])
         template = get_submodule(network, head)
         sums = _by_task(LazyStateDict(path / "correction.safetensors"), manifest["tasks"])
-        known = {option.name for option in fields(CorrectionOptions)}
         return cls(
             network=network.eval(),
             head=head,
@@ -295,9 +294,7 @@ class MergedModel:
                 for task, tensors in sums.items()
                 if tensors
             },
-            options=CorrectionOptions(
-                **{name: value for name, value in manifest["correction"].items() if name in known}
-            ),
+            options=CorrectionOptions.from_dict(manifest["correction"]),
             choices=manifest.get("choices", {}),
             model=manifest["model"],
             record=manifest["record"],
@@ -310,7 +307,7 @@ class MergedModel:
             "tasks": self.tasks,
             "head": self.head,
             "model": self.model,
-            "correction": asdict(self.options),
+            "correction": self.options.as_dict(),
             "choices": self.correction.choices() if self.statistics else {},
             "record": self.record,
             "versions": {name: importlib.metadata.version(name) for name in names},

@@ -50,7 +50,7 @@ class Candidate:
         """The candidate as plain data."""
         return {
             "method": describe(self.method),
-            "correction": asdict(self.correction),
+            "correction": self.correction.as_dict(),
             "error": self.error,
             "uncorrected_error": self.uncorrected,
             "errors": {task: error.corrected for task, error in self.errors.items()},

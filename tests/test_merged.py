@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_merge import MergedModel, merge_experts
+from lightning_merge.correction import CorrectionOptions
 from tests.networks import MLP, Tied, convnext, tuned
 
 TASKS = ("a", "b", "c")
@@ -65,6 +67,12 @@ def test_what_a_search_chose_is_kept(tmp_path, model, monkeypatch):
     loaded = MergedModel.load(tmp_path / "merged", module=MLP())
     assert loaded.choices == chosen
     assert loaded.correction.choices() == chosen
+
+
+def test_an_infinite_ridge_is_kept(tmp_path, model):
+    model.options = CorrectionOptions(beta=math.inf, prior="identity")
+    model.save(tmp_path / "merged")
+    assert MergedModel.load(tmp_path / "merged", module=MLP()).options == model.options
 
 
 def test_per_task_heads_are_those_of_the_corners(model):

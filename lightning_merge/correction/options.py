@@ -1,7 +1,8 @@
 """Hyper-parameters of the closed-form correction, apart from the statistics it solves."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from torch import Tensor
@@ -34,6 +35,20 @@ class CorrectionOptions:
     def paper(cls) -> "CorrectionOptions":
         """The published recipe (arXiv 2511.10943): absolute β = 0.1 on raw sums, plain SVD."""
         return cls(beta=0.1, beta_mode="absolute", prior="svd", task_scale="none")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; an infinite ridge is the string ``"inf"``."""
+        options = asdict(self)
+        return options | ({"beta": "inf"} if self.beta == math.inf else {})
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "CorrectionOptions":
+        """The inverse of :meth:`as_dict`; names that this release does not know are left out."""
+        known = {option.name for option in fields(cls)}
+        chosen = {name: value for name, value in options.items() if name in known}
+        if chosen.get("beta") == "inf":
+            chosen["beta"] = math.inf
+        return cls(**chosen)
 
     def build(
         self,

@@ -52,7 +52,16 @@ $(if $(TASKS),,$(error SUITE=$(SUITE) is unknown; expected glyphs or real))
 stage = @mkdir -p $(dir $(2)); echo "== $(1)   (log: $(2))"; \
 	$(3) > $(2) 2>&1 || { tail -n 30 $(2); echo "$(1) failed; run make again to continue."; exit 1; }
 
-demo: $(RUN)/sweep/summary.json | $(STAMP)
+EXPERTS := $(TASKS:%=$(RUN)/pool/experts/%.safetensors)
+
+# One thread a process, so that the numbers do not depend on the number of cores; experts two at a
+# time, which uses two cores better than two threads do.
+JOBS ?= 2
+demo: export OMP_NUM_THREADS := 1
+demo: | $(STAMP)
+	@$(MAKE) --no-print-directory $(BASE)
+	@$(MAKE) --no-print-directory -j $(JOBS) $(EXPERTS)
+	@$(MAKE) --no-print-directory $(RUN)/sweep/summary.json
 	@$(PY) -m lightning_merge.report $(RUN)/sweep
 
 # A fit writes its checkpoint after each epoch; only a finished one makes the stage done.
@@ -68,7 +77,7 @@ $(RUN)/data/done: lightning_merge/data/real.py | $(STAMP)
 $(RUN)/pool/experts/%.safetensors: $(BASE) $(CONF) $(if $(filter real,$(SUITE)),$(RUN)/data/done)
 	$(call stage,fine-tune $*,$(RUN)/logs/$*.log,$(CLI) fit --config $(CONF) --data.task $* --trainer.callbacks.overwrite true)
 
-$(RUN)/merged/merged.json: $(TASKS:%=$(RUN)/pool/experts/%.safetensors)
+$(RUN)/merged/merged.json: $(EXPERTS)
 	$(call stage,merge,$(RUN)/logs/merge.log,$(CLI) merge --config $(CONF))
 
 $(RUN)/sweep/summary.json: $(RUN)/merged/merged.json

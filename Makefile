@@ -21,7 +21,7 @@ test: lint types layers unit notebooks
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/codespell lightning_merge tests docs benchmarks configs README.md CHANGELOG.md CONTRIBUTING.md
+	$(VENV)/bin/codespell lightning_merge docs benchmarks configs README.md CHANGELOG.md CONTRIBUTING.md
 	$(VENV)/bin/validate-pyproject pyproject.toml
 
 types: $(STAMP)
@@ -59,9 +59,9 @@ EXPERTS := $(TASKS:%=$(RUN)/pool/experts/%.safetensors)
 JOBS ?= 2
 demo: export OMP_NUM_THREADS := 1
 demo: | $(STAMP)
-	@$(MAKE) --no-print-directory $(BASE)
-	@$(MAKE) --no-print-directory -j $(JOBS) $(EXPERTS)
-	@$(MAKE) --no-print-directory $(RUN)/sweep/summary.json
+	@$(MAKE) -s --no-print-directory $(BASE)
+	@$(MAKE) -s --no-print-directory -j $(JOBS) $(EXPERTS)
+	@$(MAKE) -s --no-print-directory $(RUN)/sweep/summary.json
 	@$(PY) -m lightning_merge.report $(RUN)/sweep
 
 # A fit writes its checkpoint after each epoch; only a finished one makes the stage done.

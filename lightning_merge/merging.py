@@ -25,7 +25,6 @@ from lightning_merge.methods import (
 )
 from lightning_merge.networks import (
     build_head,
-    call_network,
     get_submodule,
     load_backbone,
     plain_copy,
@@ -327,9 +326,10 @@ def _calibration(
         set_submodule(filled, source.head, plain_copy(heads[task]))
         return filled.eval().to(runtime.device)
 
-    def batches(task: str) -> Iterable[Any]:
-        samples = inputs[task]
-        slices = runtime.share(samples.batches(batch_size))
-        return (runtime.to_device(samples[rows]) for rows in slices)
-
-    return Calibration(network=expert, batches=batches, forward=call_network)
+    return Calibration(
+        network=expert,
+        head=source.head,
+        inputs=inputs,
+        runtime=runtime,
+        batch_size=batch_size,
+    )

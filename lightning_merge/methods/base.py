@@ -2,17 +2,19 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias, final
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 
+from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.functional.average import average
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
 from lightning_merge.methods.walk import BlockMerge, map_blocks, scaled, stack_parameter
+from lightning_merge.runtime import Runtime
 from lightning_merge.states import (
     STATISTIC_SUFFIXES,
     StateDict,
@@ -227,15 +229,29 @@ class _BoundToBlocks(WeightMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What a :class:`CalibratedMethod` may ask for.
-
-    ``network(task)`` is the task's own expert, ready to run; ``batches(task)`` are its unlabeled
-    inputs, streamed; ``forward(network, inputs)`` runs one of them.
-    """
+    """What a :class:`CalibratedMethod` may ask for: experts that run, and unlabeled inputs."""
 
     network: Callable[[str], nn.Module]
-    batches: Callable[[str], Iterable[object]]
-    forward: Callable[[nn.Module, object], Tensor]
+    """A fresh copy of a task's own expert with its head, in eval mode on the runtime's device.
+
+    A method that needs the network with other weights fills such a copy."""
+    head: str
+    """Dotted path of the head in every network."""
+    inputs: Mapping[str, CalibrationInputs]
+    """Unlabeled inputs by task."""
+    runtime: Runtime = field(default_factory=Runtime)
+    """This process's place among those that share the work; ``reduce`` sums over them."""
+    batch_size: int = 128
+    """Samples a forward pass, of all processes together one batch after the other."""
+
+    def slices(self, task: str) -> list[slice]:
+        """This process's batches of a task, as slices of samples, none repeated, none padded."""
+        return list(self.runtime.share(self.inputs[task].batches(self.batch_size)))
+
+    def batches(self, task: str) -> Iterator[Any]:
+        """This process's batches of a task, on the device; run them by ``call_network``."""
+        for rows in self.slices(task):
+            yield self.runtime.to_device(self.inputs[task][rows])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
 """The merged model: a backbone, the experts' heads, and a correction that a preference solves."""
 
 import importlib.metadata
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from lightning_merge.correction import (
     CorrectionOptions,
     CorrectionStatistics,
 )
-from lightning_merge.exporting import write_network
+from lightning_merge.exporting import Format, write_network, write_timm
 from lightning_merge.files import read_json, replacing_folder, write_json, write_tensors
+from lightning_merge.hub import fetch_folder, push_folder
 from lightning_merge.networks import (
     build_head,
     first_linear,
@@ -203,16 +205,17 @@ class MergedModel:
         path: str | Path,
         preference: Mapping[str, float] | Tensor,
         task: str | None = None,
-        format: Literal["safetensors", "onnx", "torch_export"] = "safetensors",  # noqa: A002
+        format: Format = "safetensors",  # noqa: A002
         example: Any = None,
     ) -> Path:
         """Write the tailored model to a file that needs nothing of this package.
 
         Args:
-            path: The file to write.
+            path: The file to write; a folder for ``timm``.
             preference: As for :meth:`with_preference`.
             task: One task: the file has the expert's own parameter names. ``None``: all tasks.
-            format: Weights as safetensors, or a program as ONNX or torch.export.
+            format: Weights as safetensors, a program as ONNX or torch.export, or a folder that
+                ``timm.create_model("local-dir:PATH", pretrained=True)`` loads (one task).
             example: One batch of inputs, for ``onnx`` and ``torch_export``.
 
         Returns:
@@ -223,6 +226,10 @@ class MergedModel:
             if task is None
             else self.with_preference(preference, task)
         )
+        if format == "timm":
+            if task is None:
+                raise ValueError("format 'timm' holds the network of one task: give task=...")
+            return write_timm(model.eval(), Path(path), self.model)
         metadata = {"tasks": ",".join(self.tasks if task is None else [task]), "head": self.head}
         return write_network(model.eval(), Path(path), format, example, metadata)
 
@@ -299,6 +306,58 @@ class MergedModel:
             model=manifest["model"],
             record=manifest["record"],
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        message: str = "Upload merged model",
+    ) -> str:
+        """Upload the model's folder, as :meth:`save` writes it, to the Hugging Face hub.
+
+        Args:
+            repo_id: ``OWNER/NAME``; made if there is none.
+            private: Whether a new repository is private.
+            token: Access token; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            message: Commit message.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ValueError: If the hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            self.save(folder)
+            return push_folder(folder, repo_id, private=private, token=token, message=message)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        module: nn.Module | None = None,
+    ) -> "MergedModel":
+        """Fetch a model that :meth:`push_to_hub` uploaded; later calls read the local cache.
+
+        Args:
+            repo_id: ``OWNER/NAME``.
+            revision: Branch, tag or commit; pin one to be safe from changes.
+            token: Access token for a private repository.
+            cache_dir: Where downloads are kept; the hub's own place by default.
+            module: As for :meth:`load`.
+
+        Raises:
+            ValueError: If it cannot be fetched, or is no merged model.
+        """
+        folder = fetch_folder(repo_id, revision=revision, token=token, cache_dir=cache_dir)
+        return cls.load(folder, module)
 
     def _manifest(self) -> dict[str, Any]:
         names = ("lightning-merge", "torch", "timm")

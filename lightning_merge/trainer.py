@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.evaluation import Scores
+from lightning_merge.exporting import Format
 from lightning_merge.files import read_json
 from lightning_merge.merged import FORMAT, VERSION, MergedModel
 from lightning_merge.merging import BatchNorm, Correction, merge_experts
@@ -110,7 +111,7 @@ class MergeTrainer(Trainer):
         output: str,
         preference: dict[str, float],
         task: str | None = None,
-        format: Literal["safetensors", "onnx", "torch_export"] = "safetensors",  # noqa: A002
+        format: Format = "safetensors",  # noqa: A002
     ) -> None:
         """Write the model tailored to one preference to a file that needs nothing of this package.
 
@@ -118,14 +119,14 @@ class MergeTrainer(Trainer):
             model: Network to fill, where the merged model cannot build its own.
             datamodule: Not needed.
             merged: Folder of the merged model.
-            output: The file to write.
+            output: The file to write; a folder for ``timm``.
             preference: Weight by task; tasks left out count 0.
             task: One task, with the expert's own parameter names; all tasks by default.
-            format: Weights, or a program.
+            format: Weights, a program, or a folder that timm loads.
         """
         steerable = _load(merged, model)
         example = None
-        if format != "safetensors":
+        if format in ("onnx", "torch_export"):
             example = _example(steerable, task)
         path = steerable.export(output, preference, task, format, example)
         self.print(f"wrote {path}")

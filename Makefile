@@ -31,7 +31,7 @@ layers: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # Two processes with one thread each: the tests are many and small.
 unit: $(STAMP)

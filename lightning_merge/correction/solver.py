@@ -1,5 +1,6 @@
 """From preferences to maps: weights of the losses, then the minimisers of their sums."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -86,6 +87,9 @@ class MixtureSolver:
         self, names: list[str], weights: Tensor, heads: HeadRows | None = None
     ) -> Tensor:
         fits = self._fits(names)
+        if len(fits) == 1:  # nothing is mixed: its own map, limits of the ridge included
+            own = fits[0].own if heads is None else heads.weight @ fits[0].own
+            return own.expand(len(weights), -1, -1)
         if self.fitted.heads is None:
             return shared_maps(fits, weights, heads)
         maps = self._solver(names).maps(weights, shared_maps(fits, weights, None))
@@ -110,7 +114,8 @@ class MixtureSolver:
 
 def shared_maps(fits: list[TaskFit], weights: Tensor, heads: HeadRows | None) -> Tensor:
     """Maps of the representation metric, or heads times maps, limits of the ridge included."""
-    if any(needs_limit(_used(fits, row)) for row in weights):
+    extreme = any(fit.ridge in (0, math.inf) for fit in fits)
+    if extreme and any(needs_limit(_used(fits, row)) for row in weights):
         rows = []
         for row in weights:
             used, w = _used(fits, row), row[row > 0]

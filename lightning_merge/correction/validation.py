@@ -8,10 +8,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from lightning_merge.correction.checks import check_heads, check_widths
+from lightning_merge.correction.checks import Head, check_heads, check_widths
 from lightning_merge.correction.closed_form import ClosedFormCorrection
 from lightning_merge.correction.fit import TaskFit
-from lightning_merge.correction.fitted import Head
 from lightning_merge.correction.head_maps import HeadSolver, read_rows
 from lightning_merge.correction.mixing import held_out_error
 from lightning_merge.correction.moments import Moments

@@ -1,5 +1,7 @@
 """Linear systems of the correction: ``W M = N``, its limits, and the dual form."""
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,17 +25,17 @@ def solve_right(
     Raises:
         ValueError: If M is not positive definite, or the solution is not accurate.
     """
-    factor, info = torch.linalg.cholesky_ex(curvature)
+    factor, info = _cholesky(curvature)
     if bool((info != 0).any()):
         raise ValueError(
             "the second moments of the merged features are not positive definite even with the "
             "ridge: they hold NaN or were damaged. Collect the statistics again, or raise beta."
         )
-    solution = torch.cholesky_solve(target.mT, factor).mT
+    solution = _substitute(target, factor)
     limit = 1e-12 * curvature.shape[-1]
     if not _backward_error(solution, target, curvature) <= limit:
         residual = target - solution @ curvature
-        solution = solution + torch.cholesky_solve(residual.mT, factor).mT
+        solution = solution + _substitute(residual, factor)
         error = _backward_error(solution, target, curvature)
         if not error <= limit:
             raise ValueError(
@@ -41,6 +43,36 @@ def solve_right(
                 f"allowed {limit:.1e}. Raise beta, or check the features for extreme values."
             )
     return solution
+
+
+ALIASED = 2048
+"""Rows that are multiples of so many bytes compete for the same lines of a processor's cache."""
+PADDING = 16
+
+
+def _cholesky(matrix: Float[Tensor, "*batch d d"]) -> tuple[Tensor, Tensor]:
+    """Lower factor, and the failures of each; takes less than half the time at d = 512 or 1024.
+
+    There a column is a multiple of the cache's period, and the matrix is factorised inside a
+    slightly larger one that is the identity outside of it.
+    """
+    d = matrix.shape[-1]
+    if matrix.device.type != "cpu" or d * matrix.element_size() % ALIASED:
+        factor, info = torch.linalg.cholesky_ex(matrix.mT)
+        return factor, info
+    padded = matrix.new_zeros(*matrix.shape[:-2], d + PADDING, d + PADDING)
+    padded[..., :d, :d] = matrix
+    padded.diagonal(dim1=-2, dim2=-1)[..., d:] = 1
+    factor, info = torch.linalg.cholesky_ex(padded.mT)
+    return factor[..., :d, :d], info
+
+
+def _substitute(
+    target: Float[Tensor, "*batch k d"], factor: Float[Tensor, "*batch d d"]
+) -> Float[Tensor, "*batch k d"]:
+    """Solve ``X L L' = N``, in the layout that needs no copies."""
+    half = torch.linalg.solve_triangular(factor, target.mT, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
 
 
 PROBES = 8
@@ -53,16 +85,20 @@ def _backward_error(
     curvature: Float[Tensor, "*batch d d"],
 ) -> float:
     """Estimate of the backward error, without bias, at the cost of a few columns."""
-    d = curvature.shape[-1]
-    generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(d, min(PROBES, d), generator=generator, dtype=torch.float64)
-    probes = probes.to(curvature) / probes.shape[1] ** 0.5
+    probes = _probes(curvature.shape[-1]).to(curvature)
     residual = solution @ (curvature @ probes) - target @ probes
     # No diagonal entry exceeds the spectral norm, so this errs on the safe side at no cost.
     spectral = curvature.diagonal(dim1=-2, dim2=-1).amax(-1)
     scale = torch.linalg.matrix_norm(solution) * spectral + torch.linalg.matrix_norm(target)
     size = torch.linalg.matrix_norm(residual)
     return float((size / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
+
+
+@functools.lru_cache(maxsize=8)
+def _probes(d: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(d, min(PROBES, d), generator=generator, dtype=torch.float64)
+    return probes / probes.shape[1] ** 0.5
 
 
 def ridgeless(

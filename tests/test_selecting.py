@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_merge import ExpertPool, MergedModel, merge_experts
 from lightning_merge.correction import CorrectionOptions
-from lightning_merge.correction.sums import fold_of
+from lightning_merge.functional.sums import fold_of
 from lightning_merge.methods import Average, TaskArithmetic
 from lightning_merge.networks import representation
 from lightning_merge.selecting import (

@@ -1,12 +1,11 @@
-"""Linear systems of the correction: ``W M = N``, its limits, and the dual form."""
+"""Linear systems of least squares: ``W M = N``, its limits, and the dual form."""
 
 import functools
+import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from lightning_merge.functional.procrustes import numerical_rank
 
 
 def solve_right(
@@ -28,8 +27,8 @@ def solve_right(
     factor, info = _cholesky(curvature)
     if bool((info != 0).any()):
         raise ValueError(
-            "the second moments of the merged features are not positive definite even with the "
-            "ridge: they hold NaN or were damaged. Collect the statistics again, or raise beta."
+            "the second moments are not positive definite even with the ridge: they hold NaN or "
+            "were damaged. Collect the statistics again, or raise beta."
         )
     solution = _substitute(target, factor)
     limit = 1e-12 * curvature.shape[-1]
@@ -39,8 +38,8 @@ def solve_right(
         error = _backward_error(solution, target, curvature)
         if not error <= limit:
             raise ValueError(
-                f"the correction could not be solved accurately: backward error {error:.1e}, "
-                f"allowed {limit:.1e}. Raise beta, or check the features for extreme values."
+                f"the least squares could not be solved accurately: backward error {error:.1e}, "
+                f"allowed {limit:.1e}. Raise beta, or check the inputs for extreme values."
             )
     return solution
 
@@ -101,9 +100,37 @@ def _probes(d: int) -> Tensor:
     return probes / probes.shape[1] ** 0.5
 
 
+def ridge_towards(
+    cross: Float[Tensor, "*batch k d"],
+    gram: Float[Tensor, "*batch d d"],
+    prior: Float[Tensor, "*batch k d"],
+    ridge: float,
+) -> Float[Tensor, "*batch k d"]:
+    r"""Least squares with a ridge towards a prior, and its limits at zero and infinity.
+
+    .. math:: W = (A + \beta W_0)(G + \beta I)^{-1}
+
+    The one solver of the correction, RegMean and output projection.
+
+    Args:
+        cross: :math:`A`.
+        gram: :math:`G`, positive semi-definite.
+        prior: :math:`W_0`.
+        ridge: :math:`\beta`, absolute; 0 gives :func:`ridgeless`, infinity the prior.
+    """
+    if math.isinf(ridge):
+        return prior.clone()
+    if ridge == 0:
+        return ridgeless(cross, gram, prior)
+    identity = torch.eye(gram.shape[-1]).to(gram)
+    return solve_right(cross + ridge * prior, gram + ridge * identity)
+
+
 def ridgeless(
-    cross: Float[Tensor, "k d"], gram: Float[Tensor, "d d"], prior: Float[Tensor, "k d"]
-) -> Float[Tensor, "k d"]:
+    cross: Float[Tensor, "*batch k d"],
+    gram: Float[Tensor, "*batch d d"],
+    prior: Float[Tensor, "*batch k d"],
+) -> Float[Tensor, "*batch k d"]:
     r"""Limit of vanishing ridge: the least-squares solution nearest to the prior.
 
     .. math:: W = W_0 + (A - W_0 G)\,G^{+}
@@ -113,11 +140,21 @@ def ridgeless(
         gram: :math:`G`, positive semi-definite; of any rank.
         prior: :math:`W_0`, kept on the null space of G.
     """
+    inverse, Q = pseudo_spectrum(gram)
+    return prior + (((cross - prior @ gram) @ Q) * inverse[..., None, :]) @ Q.mT
+
+
+def pseudo_spectrum(
+    gram: Float[Tensor, "*batch d d"],
+) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d d"]]:
+    r"""Eigenvalues of :math:`G^{+}` and the eigenvectors, :math:`G^{+} = Q\,\mathrm{diag}\,Q^\top`.
+
+    Eigenvalues of G below ``10 d eps`` of the largest count as zero.
+    """
     values, Q = torch.linalg.eigh(gram)
-    values, Q = values.flip(0), Q.flip(1)
-    rank = numerical_rank(values.clamp_min(0), len(gram)) if bool(values[0] > 0) else 0
-    Q, values = Q[:, :rank], values[:rank]
-    return prior + (((cross - prior @ gram) @ Q) / values) @ Q.T
+    tolerance = 10 * gram.shape[-1] * torch.finfo(values.dtype).eps
+    seen = (values > tolerance * values[..., -1:]) & (values > 0)
+    return torch.where(seen, 1 / torch.where(seen, values, 1.0), 0.0), Q
 
 
 def dual_ridge(

@@ -12,9 +12,9 @@ from lightning_merge.correction import (
     CorrectionStatistics,
     HeadMetric,
 )
-from lightning_merge.correction.sums import fold_of
 from lightning_merge.correction.validation import cross_validated_errors
 from lightning_merge.functional.head_metric import readout
+from lightning_merge.functional.sums import fold_of
 
 SIZES = {"a": 30, "b": 25, "c": 40}
 FIXED = {"beta": 1e-2, "prior": "procrustes"}

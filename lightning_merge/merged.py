@@ -58,6 +58,8 @@ class MergedModel:
     """How to build the network again: ``{"class_path", "init_args"}``."""
     record: dict[str, Any] = field(default_factory=dict)
     """Plain data on how it was made: method, pool, fingerprints, scores, timings."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """Plain data on how the experts interfere and what each parameter got, if it was measured."""
 
     def __post_init__(self) -> None:
         self._correction: ClosedFormCorrection | None = None
@@ -305,6 +307,7 @@ class MergedModel:
             choices=manifest.get("choices", {}),
             model=manifest["model"],
             record=manifest["record"],
+            report=manifest.get("merge", {}),
         )
 
     def push_to_hub(
@@ -369,6 +372,7 @@ class MergedModel:
             "correction": self.options.as_dict(),
             "choices": self.correction.choices() if self.statistics else {},
             "record": self.record,
+            "merge": self.report,
             "versions": {name: importlib.metadata.version(name) for name in names},
         }
 

@@ -14,12 +14,12 @@ from lightning_merge.evaluation import Scores
 from lightning_merge.exporting import Format
 from lightning_merge.files import read_json
 from lightning_merge.merged import FORMAT, VERSION, MergedModel
-from lightning_merge.merging import BatchNorm, Correction, merge_experts
+from lightning_merge.merging import BatchNorm, Correction, chosen_tasks, merge_experts
 from lightning_merge.methods import Average, MergeMethod
 from lightning_merge.networks import named_state, plain_copy
 from lightning_merge.pareto import SweepResult
 from lightning_merge.pool import ExpertPool
-from lightning_merge.report import LiveModel, build_live, console_table, write_report
+from lightning_merge.report import LiveModel, build_live, console_table, plan_text, write_report
 from lightning_merge.selecting import corrections_with, select_from, select_merge
 from lightning_merge.states import LazyStateDict
 from lightning_merge.strategies import on_first, runtime_of, sharded
@@ -56,6 +56,7 @@ class MergeTrainer(Trainer):
         batch_norm: BatchNorm = "auto",
         batch_size: int = 128,
         select: bool | list[MergeMethod] = False,
+        dry_run: bool = False,
     ) -> None:
         """Merge the experts of a pool and calibrate the correction.
 
@@ -75,7 +76,11 @@ class MergeTrainer(Trainer):
                 labels, and keep the best: ``true`` for the default candidates, the base among
                 them, beside ``method``, or a list of methods. Needs a ``correction``, which is
                 tried beside the default ones.
+            dry_run: List what each parameter would get, and write nothing.
         """
+        if dry_run:
+            self._dry_run(pool, method, tasks, select)
+            return
         settings = (method, correction, tasks, batch_norm, batch_size)
         self._launch(self._merge, model, pool, output, *settings, select)
 
@@ -147,6 +152,18 @@ class MergeTrainer(Trainer):
             self.strategy.barrier("lightning_merge")
         finally:
             self.strategy.teardown()
+
+    def _dry_run(
+        self,
+        pool: str,
+        method: MergeMethod,
+        tasks: list[str] | None,
+        select: bool | list[MergeMethod],
+    ) -> None:
+        experts = ExpertPool.open(pool)
+        states = {task: experts.expert(task) for task in chosen_tasks(experts, tasks)}
+        tried = [method] if select is False else select_from(select, method, len(states))
+        self.print("\n\n".join(plan_text(one, experts.base, states) for one in tried))
 
     def _merge(
         self,

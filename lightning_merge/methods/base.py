@@ -105,6 +105,10 @@ class WeightMethod(MergeMethod):
         chosen = matches(name, self.include) and not matches(name, self.exclude)
         return "method" if chosen else self.otherwise
 
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """Whether a parameter gets the mean of the task vectors, being no matrix to the method."""
+        return False
+
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> "WeightMethod":
         """Return the method to walk with, after whatever it must know of the whole model.
 

@@ -10,7 +10,7 @@ from lightning_merge.functional.isotropic import iso_c, iso_cts
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_range, check_scale
-from lightning_merge.methods.matrices import Convolutions, check_split, merge_matrices
+from lightning_merge.methods.matrices import Convolutions, check_split, is_matrix, merge_matrices
 
 
 @final
@@ -34,6 +34,10 @@ class IsoC(WeightMethod):
         check_scale(self.scale)
         check_split(self.split)
         check_range("rank_tol", self.rank_tol, 0.0, 1.0)
+
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """What is no matrix."""
+        return not is_matrix(shape, self.convolutions)
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
@@ -75,6 +79,10 @@ class IsoCTS(WeightMethod):
         check_split(self.split)
         for name in ("common_fraction", "rank_tol", "rcond"):
             check_range(name, getattr(self, name), 0.0, 1.0)
+
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """What is no matrix."""
+        return not is_matrix(shape, self.convolutions)
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""

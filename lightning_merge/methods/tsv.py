@@ -88,6 +88,11 @@ class TSVMerge(WeightMethod):
         warn_of_small(small, len(experts), "TSVMerge")
         return self
 
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """What is no matrix, or too small for a direction of every expert."""
+        small = self._smaller_side(name, shape) if is_matrix(shape, self.convolutions) else 0
+        return self.rank_of(small, num_experts) == 0
+
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
         update = merge_matrices(

@@ -7,6 +7,7 @@ from lightning_merge.methods.compress import CompressedExperts, TSVCompress
 from lightning_merge.methods.consensus import Consensus
 from lightning_merge.methods.dare import DARE
 from lightning_merge.methods.della import DELLA
+from lightning_merge.methods.fisher import Fisher
 from lightning_merge.methods.isotropic import IsoC, IsoCTS
 from lightning_merge.methods.model_stock import ModelStock
 from lightning_merge.methods.rules import Coefficient
@@ -26,6 +27,7 @@ __all__ = [
     "Coefficient",
     "CompressedExperts",
     "Consensus",
+    "Fisher",
     "IsoC",
     "IsoCTS",
     "MergeMethod",

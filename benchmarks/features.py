@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.suites import Experts
-from lightning_merge.calibrating import reestimate_batch_norm
+from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.correction import ClosedFormCorrection, CorrectionOptions, CorrectionStatistics
 from lightning_merge.methods import MergeMethod, WeightMethod

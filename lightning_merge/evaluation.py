@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.merged import MergedModel
-from lightning_merge.networks import call_network, first_linear, plain_copy, set_submodule
+from lightning_merge.networks import (
+    call_network,
+    first_linear,
+    logits_of,
+    plain_copy,
+    set_submodule,
+)
 from lightning_merge.runtime import Runtime
 
 Loader = Iterable[tuple[Any, Tensor]]
@@ -133,21 +139,6 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
         ``(P,)`` int64.
     """
     return (logits.argmax(-1) == labels).sum(1)
-
-
-def logits_of(output: Any) -> Tensor:
-    """Class scores ``(n, K)`` of a network's output: a tensor, or the ``logits`` of a mapping.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    found = output.get("logits") if isinstance(output, Mapping) else output
-    if isinstance(found, Tensor) and found.ndim == 2:
-        return found
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-    raise ValueError(
-        f"accuracy needs class scores of shape (n, classes) from the network, found {shape}."
-    )
 
 
 class _StackedHead(nn.Module):

@@ -3,16 +3,14 @@
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.calibrating import (
-    correction_statistics,
-    reestimate_batch_norm,
-)
+from lightning_merge.batch_norm import reestimate_batch_norm
+from lightning_merge.calibrating import correction_statistics
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.correction import CorrectionOptions, CorrectionStatistics
 from lightning_merge.correction.validation import warn_of_harm
@@ -33,9 +31,9 @@ from lightning_merge.networks import (
     set_submodule,
     split_state,
 )
-from lightning_merge.pool import ExpertPool, fingerprint
+from lightning_merge.pool import ExpertPool
 from lightning_merge.runtime import Runtime
-from lightning_merge.states import StateDict
+from lightning_merge.states import StateDict, fingerprint
 
 Correction: TypeAlias = CorrectionOptions | Literal["paper"] | None
 BatchNorm: TypeAlias = Literal["auto", "reestimate", "average"]
@@ -265,7 +263,12 @@ def measure(
 def describe(method: MergeMethod) -> dict[str, Any]:
     """A method as plain data: ``{"class_path", "init_args"}``."""
     kind = type(method)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(method)}
+    arguments = asdict(method)
+    for field in fields(method):  # a method may start from another one
+        value = getattr(method, field.name)
+        if isinstance(value, MergeMethod):
+            arguments[field.name] = describe(value)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
 def open_source(

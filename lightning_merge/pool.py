@@ -1,6 +1,5 @@
 """The expert pool: a folder with one base and the experts that were fine-tuned from it."""
 
-import hashlib
 import importlib
 import json
 import re
@@ -23,6 +22,7 @@ from lightning_merge.states import (
     StateDict,
     check_compatible,
     check_finite,
+    fingerprint,
     tied_names,
 )
 
@@ -286,16 +286,6 @@ class ExpertPool:
         head_ties = tied_names({**backbone, **{f"{self.head}.{n}": v for n, v in head.items()}})
         head = {n: v.clone() if f"{self.head}.{n}" in head_ties else v for n, v in head.items()}
         return backbone, head
-
-
-def fingerprint(state: StateDict) -> str:
-    """SHA-256 of the names, shapes, dtypes and values of a state dict, in sorted order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def build_network(model: Mapping[str, Any]) -> nn.Module:

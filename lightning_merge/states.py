@@ -1,5 +1,6 @@
 """State dicts of the core: mappings of tensors, read lazily from safetensors where large."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -202,6 +203,16 @@ def check_finite(name: str, owner: str, tensor: Tensor) -> None:
             f"{owner}: parameter '{name}' holds {count} non-finite values of {tensor.numel()} "
             "(NaN or infinite). Its training diverged: fine-tune it again, or leave it out."
         )
+
+
+def fingerprint(state: StateDict) -> str:
+    """SHA-256 of the names, shapes, dtypes and values of a state dict, in sorted order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _listed(what: str, names: list[str]) -> str:

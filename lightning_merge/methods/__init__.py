@@ -7,6 +7,8 @@ from lightning_merge.methods.compress import CompressedExperts, TSVCompress
 from lightning_merge.methods.consensus import Consensus
 from lightning_merge.methods.dare import DARE
 from lightning_merge.methods.della import DELLA
+from lightning_merge.methods.fisher import Fisher
+from lightning_merge.methods.greedy_soup import GreedySoup
 from lightning_merge.methods.isotropic import IsoC, IsoCTS
 from lightning_merge.methods.model_stock import ModelStock
 from lightning_merge.methods.rules import Coefficient
@@ -26,6 +28,8 @@ __all__ = [
     "Coefficient",
     "CompressedExperts",
     "Consensus",
+    "Fisher",
+    "GreedySoup",
     "IsoC",
     "IsoCTS",
     "MergeMethod",

@@ -32,7 +32,7 @@ class HeadFolder:
         device = next(iter(self._fitted.statistics.values())).device
         wide = {t: H.detach().to(device, torch.float64) for t, (H, _) in heads.items()}
         sizes = [len(H) for H in wide.values()]
-        stacked = self._rows(torch.cat(list(wide.values())))
+        stacked = self._rows(torch.cat(list(wide.values())), sizes)
         stacked.points += len(preferences)
         for part in preferences.split(chunk):
             rows = self._solver.maps(part, stacked).split(sizes, dim=1)
@@ -42,12 +42,12 @@ class HeadFolder:
             }
         self._keep(stacked)
 
-    def _rows(self, weight: Tensor) -> HeadRows:
+    def _rows(self, weight: Tensor, sizes: list[int]) -> HeadRows:
         """What is known of these very rows, or nothing yet."""
         for rows in self._kept:
-            if rows.weight.shape == weight.shape and torch.equal(rows.weight, weight):
+            if rows.sizes == sizes and torch.equal(rows.weight, weight):
                 return rows
-        return HeadRows(weight)
+        return HeadRows(weight, sizes)
 
     def _keep(self, rows: HeadRows) -> None:
         """Keep what was asked for last, within the memory cap."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,12 @@ class HeadRows:
 
     weight: Tensor
     """H, (R, k)."""
+    sizes: Sequence[int] = ()
+    """Rows of each head, one after another; by default they are one."""
     points: int = 0
     """Preferences that were asked for."""
+    decoupled: Any = field(default=None, repr=False)
+    """What the head metric keeps for its next query of these rows."""
     _read: dict[str, tuple[TaskFit, Tensor]] = field(default_factory=dict, repr=False)
 
     def targets(self, fits: Sequence[TaskFit]) -> list[Tensor] | None:
@@ -90,8 +95,13 @@ def _mixer(matrices: Sequence[Tensor], points: int) -> Callable[[Tensor], Tensor
     if points > 2:
         stack = torch.stack(list(matrices))
         return lambda weights: (weights @ stack.flatten(1)).unflatten(1, stack.shape[1:])
+
     # For one preference, stacking would move more memory than the sum itself.
-    return lambda weights: torch.stack([_sum(row, matrices) for row in weights.tolist()])
+    def looped(weights: Tensor) -> Tensor:
+        sums = [_sum(row, matrices) for row in weights.tolist()]
+        return sums[0][None] if len(sums) == 1 else torch.stack(sums)
+
+    return looped
 
 
 def _sum(weights: Sequence[float], matrices: Sequence[Tensor]) -> Tensor:
@@ -99,6 +109,23 @@ def _sum(weights: Sequence[float], matrices: Sequence[Tensor]) -> Tensor:
     for weight, matrix in zip(weights[1:], matrices[1:], strict=True):
         total.add_(matrix, alpha=weight)
     return total
+
+
+def shared_maps(fits: Sequence[TaskFit], weights: Tensor, heads: HeadRows | None = None) -> Tensor:
+    """Maps (P, k, D), or heads times maps, for any ridges, limits included."""
+    extreme = any(fit.ridge in (0, math.inf) for fit in fits)
+    if extreme and any(needs_limit(_used(fits, row)) for row in weights):
+        rows = []
+        for row in weights:
+            used, w = _used(fits, row), row[row > 0]
+            single = limit_map(used, w)[None] if needs_limit(used) else mixed_maps(used, w[None])
+            rows.append(single if heads is None else heads.weight @ single)
+        return torch.cat(rows)
+    return mixed_maps(fits, weights, heads)
+
+
+def _used(fits: Sequence[TaskFit], weights: Tensor) -> list[TaskFit]:
+    return [fit for fit, w in zip(fits, weights.tolist(), strict=True) if w > 0]
 
 
 def needs_limit(fits: Sequence[TaskFit]) -> bool:

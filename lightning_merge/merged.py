@@ -10,15 +10,23 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from lightning_merge.backbones import SHARD_SIZE, read_backbone, write_backbone
 from lightning_merge.calibrating import correction_statistics
 from lightning_merge.calibration import CalibrationInputs
+from lightning_merge.card import model_card
 from lightning_merge.correction import (
     ClosedFormCorrection,
     CorrectionOptions,
     CorrectionStatistics,
 )
 from lightning_merge.exporting import Format, write_network, write_timm
-from lightning_merge.files import read_json, replacing_folder, write_json, write_tensors
+from lightning_merge.files import (
+    read_json,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_tensors,
+)
 from lightning_merge.hub import fetch_folder, push_folder
 from lightning_merge.networks import (
     build_head,
@@ -36,6 +44,7 @@ from lightning_merge.steered import SteeredModel, folded_head
 
 FORMAT = "merged model"
 VERSION = 1
+MANIFEST, CARD = "merged.json", "README.md"
 
 
 @dataclass(kw_only=True)
@@ -235,8 +244,20 @@ class MergedModel:
         metadata = {"tasks": ",".join(self.tasks if task is None else [task]), "head": self.head}
         return write_network(model.eval(), Path(path), format, example, metadata)
 
-    def save(self, path: str | Path) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        shard_size: int = SHARD_SIZE,
+        pictures: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Write the model as a folder, in one step: an older one stays until the new one is whole.
+
+        Args:
+            path: The folder.
+            shard_size: Bytes from which the backbone is written in several files with an index,
+                in the folder ``backbone``; :meth:`load` reads either.
+            pictures: PNG files to put beside it, by name; the model card shows them.
 
         Raises:
             OSError: If the disk is full or the folder cannot be written to.
@@ -248,8 +269,9 @@ class MergedModel:
             if not value.numel() or value.data_ptr() not in seen:
                 stored[name] = value
             seen.add(value.data_ptr())
+        manifest = self._manifest()
         with replacing_folder(path) as folder:
-            write_tensors(folder / "backbone.safetensors", stored)
+            write_backbone(folder, stored, shard_size)
             write_tensors(
                 folder / "heads.safetensors",
                 {
@@ -266,7 +288,10 @@ class MergedModel:
                     for name, value in statistics.tensors().items()
                 },
             )
-            write_json(folder / "merged.json", self._manifest())
+            for name, content in (pictures or {}).items():
+                (folder / name).write_bytes(content)
+            write_card(folder, manifest)
+            write_json(folder / MANIFEST, manifest)
 
     @classmethod
     def load(cls, path: str | Path, module: nn.Module | None = None) -> "MergedModel":
@@ -282,7 +307,7 @@ class MergedModel:
                 network cannot be built.
         """
         path = Path(path)
-        manifest = read_json(path / "merged.json", FORMAT, VERSION)
+        manifest = read_json(path / MANIFEST, FORMAT, VERSION)
         if module is None and manifest["model"] is None:
             raise ValueError(
                 f"{path} does not know how to build its network: pass the module, as in "
@@ -290,7 +315,7 @@ class MergedModel:
             )
         network = build_network(manifest["model"]) if module is None else plain_copy(module)
         head = manifest["head"]
-        load_backbone(network, LazyStateDict(path / "backbone.safetensors"), head)
+        load_backbone(network, read_backbone(path), head)
         states = _by_task(LazyStateDict(path / "heads.safetensors"), manifest["tasks"])
         template = get_submodule(network, head)
         sums = _by_task(LazyStateDict(path / "correction.safetensors"), manifest["tasks"])
@@ -385,6 +410,32 @@ class MergedModel:
         if task not in self.heads:
             raise KeyError(f"unknown task '{task}'; known: {', '.join(self.tasks)}.")
         return task
+
+
+def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the model card beside a manifest; it shows the pictures that lie there."""
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    with replacing(folder / CARD) as temporary:
+        temporary.write_text(model_card(manifest, pictures), encoding="utf-8")
+
+
+def record_scores(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Put the scores of a sweep into a merged model's manifest and card.
+
+    Args:
+        path: Its folder.
+        summary: What ``summary.json`` holds.
+
+    Raises:
+        ValueError: If the folder is no merged model.
+        OSError: If it cannot be written to.
+    """
+    folder = Path(path)
+    manifest = read_json(folder / MANIFEST, FORMAT, VERSION)
+    scores = {name: summary[name] for name in ("tasks", "metric", "rows")}
+    manifest["record"] = {**manifest["record"], "scores": scores}
+    write_card(folder, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _by_task(state: LazyStateDict, tasks: list[str]) -> dict[str, dict[str, Tensor]]:

@@ -27,6 +27,7 @@ from lightning_merge.networks import (
     build_head,
     get_submodule,
     load_backbone,
+    named_state,
     plain_copy,
     set_submodule,
     split_state,
@@ -218,7 +219,7 @@ def merge_experts(
         statistics=statistics,
         options=options or CorrectionOptions(),
         model=source.model,
-        report=report.under(method).as_dict() if isinstance(report, MergeReport) else {},
+        report=_written(report, method, network),
         record={
             "method": describe(method),
             "base_fingerprint": source.fingerprint,
@@ -258,6 +259,12 @@ def measure(
         for message in [*far, *found.unmoved()]:
             warnings.warn(message, stacklevel=3)
     return found
+
+
+def _written(report: MergeReport | str, method: MergeMethod, network: nn.Module) -> dict[str, Any]:
+    if not isinstance(report, MergeReport):
+        return {}
+    return report.under(method).in_order(list(named_state(network))).as_dict()
 
 
 def describe(method: MergeMethod) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,20 @@ DTYPES = {
     "BOOL": "bool",
 }
 """What safetensors and torch call the same dtype."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A state dict that tells what its tensors are without reading them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+
+    def kind(self, name: str) -> str:
+        """Kind of one tensor."""
+
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor."""
 
 
 class LazyStateDict(Mapping[str, Tensor]):
@@ -91,12 +105,12 @@ class LazyStateDict(Mapping[str, Tensor]):
 
 def shape_of(state: StateDict, name: str) -> tuple[int, ...]:
     """Shape of one tensor of a state dict, without reading its values where that is possible."""
-    return state.shape(name) if isinstance(state, LazyStateDict) else tuple(state[name].shape)
+    return state.shape(name) if isinstance(state, Described) else tuple(state[name].shape)
 
 
 def dtype_of(state: StateDict, name: str) -> str:
     """Dtype of one tensor, such as ``float32``, without reading its values where possible."""
-    if isinstance(state, LazyStateDict):
+    if isinstance(state, Described):
         return state.dtype(name)
     return str(state[name].dtype).removeprefix("torch.")
 
@@ -106,7 +120,7 @@ def kind_of(state: StateDict, name: str) -> str:
 
     The last are ``"complex"``, ``"sparse"``, ``"quantized"`` and ``"meta"`` (no values).
     """
-    if isinstance(state, LazyStateDict):
+    if isinstance(state, Described):
         return state.kind(name)
     tensor = state[name]
     if tensor.layout is not torch.strided:

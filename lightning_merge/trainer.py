@@ -1,5 +1,6 @@
 """A Trainer that also merges, sweeps and exports, under its own devices and strategy."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -9,19 +10,27 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_merge.backbones import parse_size, read_backbone
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.evaluation import Scores
 from lightning_merge.exporting import Format
 from lightning_merge.files import read_json
-from lightning_merge.merged import FORMAT, VERSION, MergedModel
-from lightning_merge.merging import BatchNorm, Correction, chosen_tasks, merge_experts
+from lightning_merge.merged import FORMAT, MANIFEST, VERSION, MergedModel, record_scores
+from lightning_merge.merging import BatchNorm, Correction, SameBase, chosen_tasks, merge_experts
 from lightning_merge.methods import Average, MergeMethod
+from lightning_merge.methods.interference import ReportDepth
 from lightning_merge.networks import named_state, plain_copy
 from lightning_merge.pareto import SweepResult
 from lightning_merge.pool import ExpertPool
-from lightning_merge.report import LiveModel, build_live, console_table, plan_text, write_report
+from lightning_merge.report import (
+    LiveModel,
+    build_live,
+    console_table,
+    merge_pictures,
+    plan_text,
+    write_report,
+)
 from lightning_merge.selecting import corrections_with, select_from, select_merge
-from lightning_merge.states import LazyStateDict
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
 
@@ -56,6 +65,9 @@ class MergeTrainer(Trainer):
         batch_norm: BatchNorm = "auto",
         batch_size: int = 128,
         select: bool | list[MergeMethod] = False,
+        report: ReportDepth = "full",
+        same_base: SameBase = "warn",
+        shard_size: str = "5GB",
         dry_run: bool = False,
     ) -> None:
         """Merge the experts of a pool and calibrate the correction.
@@ -76,13 +88,25 @@ class MergeTrainer(Trainer):
                 labels, and keep the best: ``true`` for the default candidates, the base among
                 them, beside ``method``, or a list of methods. Needs a ``correction``, which is
                 tried beside the default ones.
+            report: Measure how the experts interfere, layer by layer, for ``merged.json``,
+                ``README.md`` and ``interference.png``: in full, without the singular directions
+                of matrices (some seconds in a large model), or not at all.
+            same_base: What to do about an expert that seems to come from another base.
+            shard_size: Size from which the backbone is written in several files with an index.
             dry_run: List what each parameter would get, and write nothing.
         """
         if dry_run:
             self._dry_run(pool, method, tasks, select)
             return
-        settings = (method, correction, tasks, batch_norm, batch_size)
-        self._launch(self._merge, model, pool, output, *settings, select)
+        shared = {
+            "tasks": tasks,
+            "batch_norm": batch_norm,
+            "batch_size": batch_size,
+            "report": report,
+            "same_base": same_base,
+        }
+        size = parse_size(shard_size)
+        self._launch(self._merge, model, pool, output, method, correction, select, size, shared)
 
     def sweep(
         self,
@@ -172,23 +196,20 @@ class MergeTrainer(Trainer):
         output: str,
         method: MergeMethod,
         correction: Correction,
-        tasks: list[str] | None,
-        batch_norm: BatchNorm,
-        batch_size: int,
-        select: bool | list[MergeMethod] = False,
+        select: bool | list[MergeMethod],
+        shard_size: int,
+        shared: dict[str, Any],
     ) -> None:
         experts = ExpertPool.open(pool)
         network = network_within(model, experts.base, experts.head)
         if select is not False:
             selection = select_merge(
                 experts,
-                select_from(select, method, len(tasks or experts.tasks)),
+                select_from(select, method, len(shared["tasks"] or experts.tasks)),
                 corrections=corrections_with(correction),
                 module=network,
-                tasks=tasks,
-                batch_norm=batch_norm,
-                batch_size=batch_size,
                 runtime=runtime_of(self),
+                **shared,
             )
             self.print(selection.summary())
             merged = selection.model
@@ -198,12 +219,15 @@ class MergeTrainer(Trainer):
                 method,
                 correction=correction,
                 module=network,
-                tasks=tasks,
-                batch_norm=batch_norm,
-                batch_size=batch_size,
                 runtime=runtime_of(self),
+                **shared,
             )
-        on_first(self, lambda: merged.save(output))
+        on_first(
+            self,
+            lambda: merged.save(
+                output, shard_size=shard_size, pictures=merge_pictures(merged.report)
+            ),
+        )
         facts = merged.correction.report() if merged.statistics else {}
         figures = {f"merge/r2/{task}": found["r2"] for task, found in facts.items()}
         for logger in self.loggers:
@@ -245,6 +269,10 @@ class MergeTrainer(Trainer):
         )
 
         def write() -> None:
+            try:
+                record_scores(merged, result.summary())  # first: the sweep is newer than its model
+            except OSError as error:
+                warnings.warn(f"the model card of {merged} has no scores: {error}", stacklevel=2)
             result.save(output)
             paths = write_report(result, output, _live(steerable, scores))
             Console().print(console_table(result))
@@ -320,8 +348,8 @@ def _named(kind: str, tasks: Iterable[str], values: Tensor) -> dict[str, float]:
 def _load(folder: str, model: nn.Module | None) -> MergedModel:
     if model is None:
         return MergedModel.load(folder)
-    names = LazyStateDict(Path(folder) / "backbone.safetensors")
-    head = read_json(Path(folder) / "merged.json", FORMAT, VERSION)["head"]
+    head = read_json(Path(folder) / MANIFEST, FORMAT, VERSION)["head"]
+    names = read_backbone(Path(folder))
     return MergedModel.load(folder, module=network_within(model, names, head))
 
 

@@ -23,7 +23,9 @@ class Interference(NamedTuple):
     cosines: list[list[float]]
     """Cosine of each pair of task vectors; 0 where one is zero."""
     sign_conflict: float
-    """Share of the entries that at least two task vectors change, in which two signs differ."""
+    """Share of the pairs of task vectors that both change an entry in which signs differ.
+
+    One half is chance."""
     singular: float | None
     """Singular task interference, divided by the sum of the singular values; None: not measured."""
 
@@ -37,9 +39,9 @@ class InterferenceSums:
     base_square: float
     """Squared norm of the base."""
     shared: int
-    """Entries that at least two task vectors change."""
+    """Pairs of task vectors, entry by entry, that both change the entry."""
     conflicts: int
-    """Those of them in which two signs differ."""
+    """Those of them that differ in sign."""
     singular: float = 0.0
     """Singular task interference of the matrices measured."""
     singular_values: float = 0.0
@@ -110,16 +112,16 @@ def interference_sums(
 
 
 def sign_counts(task_vectors: Float[Tensor, "experts *shape"]) -> tuple[int, int]:
-    """How many entries two task vectors or more change, and in how many of them two signs differ.
+    """How many pairs of task vectors both change an entry, and in how many of them signs differ.
 
     Example:
         >>> sign_counts(torch.tensor([[1.0, 1.0, 0.0], [-1.0, 2.0, 3.0]]))
         (2, 1)
     """
-    positive, negative = task_vectors > 0, task_vectors < 0
-    shared = (positive | negative).sum(dim=0) >= 2
-    differ = positive.any(dim=0) & negative.any(dim=0)
-    return int(shared.sum()), int(differ.sum())
+    positive = (task_vectors > 0).sum(dim=0)
+    negative = (task_vectors < 0).sum(dim=0)
+    changed = positive + negative
+    return int((changed * (changed - 1)).sum()) // 2, int((positive * negative).sum())
 
 
 def singular_cost(shape: tuple[int, ...], num_experts: int) -> float:

@@ -13,6 +13,7 @@ from lightning_merge.methods.isotropic import IsoC, IsoCTS
 from lightning_merge.methods.model_stock import ModelStock
 from lightning_merge.methods.rules import Coefficient
 from lightning_merge.methods.slerp import Slerp
+from lightning_merge.methods.tall_store import MaskedExperts, TALLCompress
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv import TSVMerge
@@ -32,9 +33,11 @@ __all__ = [
     "GreedySoup",
     "IsoC",
     "IsoCTS",
+    "MaskedExperts",
     "MergeMethod",
     "ModelStock",
     "Slerp",
+    "TALLCompress",
     "TSVCompress",
     "TSVMerge",
     "TaskArithmetic",

@@ -113,6 +113,13 @@ class MergeReport:
         ]
         return replace(self, parameters=parameters, planned=True)
 
+    def in_order(self, names: Sequence[str]) -> "MergeReport":
+        """The same with the parameters in another order: a file has them by name."""
+        place = {name: index for index, name in enumerate(names)}
+        return replace(
+            self, parameters=sorted(self.parameters, key=lambda p: place[p.planned.name])
+        )
+
     def distances(self) -> dict[str, float]:
         """Median over the matrices of each task vector's norm relative to the base's, by task.
 

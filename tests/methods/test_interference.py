@@ -34,9 +34,10 @@ def test_against_numpy(num, size, seed):
             both = norms[i] * norms[j]
             cosine = vectors[i] @ vectors[j] / both if both else 0.0
             assert found.cosines[i][j] == pytest.approx(cosine, abs=1e-6)
-    shared = (vectors != 0).sum(axis=0) >= 2
-    differ = shared & (vectors.max(axis=0) > 0) & (vectors.min(axis=0) < 0)
-    assert found.sign_conflict == differ.sum() / max(1, shared.sum())
+    pairs = [(vectors[i], vectors[j]) for i in range(num) for j in range(i)]
+    shared = sum(int(((a != 0) & (b != 0)).sum()) for a, b in pairs)
+    differ = sum(int((a * b < 0).sum()) for a, b in pairs)
+    assert found.sign_conflict == differ / max(1, shared)
     assert found.singular is None
 
 
@@ -123,6 +124,12 @@ def test_large_models_are_grouped_by_block():
     assert len(report.layers(most=60)) == len(report.table()) == 60
     assert [row["layer"] for row in report.layers(most=10)] == ["blocks"]
     assert len(str(report.as_dict())) < 20_000
+
+
+def test_the_order_of_the_network():
+    base, experts = models(2, shapes={"b.weight": (3, 2), "a.weight": (3, 2), "c.weight": (2, 2)})
+    report = merge_report(base, experts).in_order(["c.weight", "b.weight", "a.weight", "head.w"])
+    assert [row["layer"] for row in report.layers()] == ["c", "b", "a"]
 
 
 def test_many_tasks_have_no_list_of_pairs():

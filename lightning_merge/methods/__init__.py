@@ -1,5 +1,6 @@
 """Merging methods: each a frozen dataclass of hyper-parameters with one ``merge``."""
 
+from lightning_merge.methods.adamerging import AdaMerging
 from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import CalibratedMethod, Calibration, MergeMethod, WeightMethod
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
@@ -22,6 +23,7 @@ __all__ = [
     "DARE",
     "DELLA",
     "TIES",
+    "AdaMerging",
     "Average",
     "Breadcrumbs",
     "CalibratedMethod",

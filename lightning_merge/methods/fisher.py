@@ -14,7 +14,7 @@ from lightning_merge.functional.seeds import seed_of
 from lightning_merge.methods.base import CalibratedMethod, Calibration
 from lightning_merge.methods.parts import check_inputs, check_weights, completed, parts_of
 from lightning_merge.methods.sample_gradients import SquaredGradients
-from lightning_merge.networks import call_network, clean_names, logits_of, plain_copy
+from lightning_merge.networks import call_network, logits_of, plain_copy
 from lightning_merge.states import StateDict, check_compatible, check_finite
 
 
@@ -117,8 +117,7 @@ class Fisher(CalibratedMethod):
             found = squares.sum_of(runtime.to_device(inputs.take(chunk)), uniforms)
             for name, value in found.items():
                 total[name] += value
-        clean = clean_names(total)
-        return {name: runtime.reduce(value) / number for name, value in clean.items()}
+        return {name: runtime.reduce(value) / number for name, value in total.items()}
 
     def _num_classes(self, network: nn.Module, batch: object, calibration: Calibration) -> int:
         with torch.inference_mode():
@@ -132,7 +131,7 @@ class Fisher(CalibratedMethod):
 
 
 def _parameters(network: nn.Module, head: str, names: tuple[str, ...] | None) -> dict[str, Tensor]:
+    # of a copy without wrappers, whose names are clean
     live = dict(network.named_parameters())
-    clean = dict(zip(clean_names(live), live, strict=True))
-    chosen = [n for n in clean if not n.startswith(f"{head}.")] if names is None else names
-    return {clean[name]: live[clean[name]] for name in chosen}
+    chosen = [name for name in live if not name.startswith(f"{head}.")] if names is None else names
+    return {name: live[name] for name in chosen}

@@ -45,8 +45,8 @@ def parts_of(network: nn.Module, head: str, base: StateDict) -> Parts:
         )
     load_backbone(network, base, head)
     live = split_state(network, head)[0]
-    ties = {**tied_names(live), **tied_names(base)}
-    parameters = clean_names(dict(network.named_parameters(remove_duplicate=False)))
+    ties = tied_names(live)
+    parameters = set(live_parameters(network))
     kinds = {name: kind_of(base, name) for name in base}
     if wrong := [n for n in base if n in parameters and kinds[n] != "floating"]:
         raise ValueError(
@@ -60,6 +60,12 @@ def parts_of(network: nn.Module, head: str, base: StateDict) -> Parts:
         averaged=tuple(n for n in first if n not in parameters and kinds[n] == "floating"),
         kept=tuple(n for n in first if n not in parameters and kinds[n] == "integer"),
     )
+
+
+def live_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a network by clean name, tied ones under each of their names."""
+    live = dict(network.named_parameters(remove_duplicate=False))
+    return dict(zip(clean_names(live), live.values(), strict=True))
 
 
 def completed(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge.functional.adamerging import agreeing
 from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.functional.selection import Count, Cut, largest, num_kept
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
@@ -150,3 +151,30 @@ class _Model:
     def _chunks(self, names: list[str], task: str, stride: int = 1) -> Iterator[Tensor]:
         for name in names:
             yield self.method.task_vector(name, self.base, task, self.experts[task], stride)
+
+
+def agreeing_task_vectors(
+    method: TIES, base: StateDict, experts: Mapping[str, StateDict]
+) -> Iterator[tuple[str, Tensor]]:
+    """Task vectors trimmed over the whole model, and of those the entries with the elected sign.
+
+    What TIES takes the mean of, one by one, as AdaMerging++ needs them.
+
+    Args:
+        method: Its density, count of entries and parameters.
+        base: The pre-trained weights.
+        experts: Fine-tuned weights by task.
+
+    Returns:
+        By name, flat, of shape ``(T, n)`` in float32 or wider.
+    """
+    model = _Model(method, base, experts)
+    names = sorted(method.method_names(base))
+    cuts = model.cuts(names)
+    majority = model.majority_sign(names, cuts)
+    for name in names:
+        rows = [expert[name].detach().reshape(-1) for expert in experts.values()]
+        trimmed = _Trim(cuts[name])(base[name].detach().reshape(-1), rows)
+        signs = elect(trimmed)
+        cancelled = (signs == 0) & (trimmed != 0).any(0)
+        yield name, agreeing(trimmed, torch.where(cancelled, majority, signs))

@@ -9,6 +9,8 @@ from lightning_merge.methods.dare import DARE
 from lightning_merge.methods.della import DELLA
 from lightning_merge.methods.isotropic import IsoC, IsoCTS
 from lightning_merge.methods.model_stock import ModelStock
+from lightning_merge.methods.projection import OutputProjection
+from lightning_merge.methods.regmean import RegMean
 from lightning_merge.methods.rules import Coefficient
 from lightning_merge.methods.slerp import Slerp
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
@@ -30,6 +32,8 @@ __all__ = [
     "IsoCTS",
     "MergeMethod",
     "ModelStock",
+    "OutputProjection",
+    "RegMean",
     "Slerp",
     "TSVCompress",
     "TSVMerge",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lightning_merge.layers.sites import CONVOLUTIONS, Site
 
 
+@torch.no_grad()
 def input_columns(
     site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int
 ) -> tuple[Tensor, bool]:

@@ -12,6 +12,8 @@ from lightning_merge.methods.fisher import Fisher
 from lightning_merge.methods.greedy_soup import GreedySoup
 from lightning_merge.methods.isotropic import IsoC, IsoCTS
 from lightning_merge.methods.model_stock import ModelStock
+from lightning_merge.methods.projection import OutputProjection
+from lightning_merge.methods.regmean import RegMean
 from lightning_merge.methods.rules import Coefficient
 from lightning_merge.methods.slerp import Slerp
 from lightning_merge.methods.tall_store import MaskedExperts, TALLCompress
@@ -38,6 +40,8 @@ __all__ = [
     "MaskedExperts",
     "MergeMethod",
     "ModelStock",
+    "OutputProjection",
+    "RegMean",
     "Slerp",
     "TALLCompress",
     "TSVCompress",

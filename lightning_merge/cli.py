@@ -152,6 +152,8 @@ class MergeCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand != "sweep":
             config["data"] = None
+        if config.get("via") == "test_step":
+            return  # its test_step is what counts
         if config.get("model") is not None and _knows_its_network(config):
             config["model"] = None
 

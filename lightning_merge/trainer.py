@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchmetrics import Metric
 
 from lightning_merge.backbones import parse_size, read_backbone
 from lightning_merge.correction import CorrectionOptions
@@ -30,9 +31,11 @@ from lightning_merge.report import (
     plan_text,
     write_report,
 )
+from lightning_merge.scoring import declared
 from lightning_merge.selecting import corrections_with, select_from, select_merge
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
+from lightning_merge.testing import Client, TestSteps, sweep_test_steps
 
 LIVE_SAMPLES = 200
 """Test samples of each task that the report's sliders are evaluated on, exactly."""
@@ -117,6 +120,12 @@ class MergeTrainer(Trainer):
         output: str,
         pool: str | None = None,
         grid: PreferenceGrid = PreferenceGrid(),  # noqa: B008 (frozen)
+        metrics: dict[str, Metric] | None = None,
+        via: Literal["forward", "test_step"] = "forward",
+        metric: str | None = None,
+        mode: Literal["max", "min"] | None = None,
+        clients: dict[str, Client] | None = None,
+        network: str | None = None,
     ) -> None:
         """Evaluate a merged model under every preference and write the report.
 
@@ -128,8 +137,38 @@ class MergeTrainer(Trainer):
             pool: Folder of the expert pool, for the experts and the base; by default the one that
                 the model was merged from.
             grid: Which preferences.
+            metrics: Metric of each task, of (outputs, targets); by default those that the
+                datamodule declares with ``test_metric(task)``, else the accuracy.
+            via: ``forward`` runs each test set once for all preferences; ``test_step`` runs the
+                project's own test loop once for each preference.
+            metric: With ``test_step``: name under which the metric is logged.
+            mode: With ``test_step``: whether the largest or the smallest is best.
+            clients: With ``test_step``: the module, data and metric of tasks that have their own.
+            network: With ``test_step``: dotted path of the network in the module; found by its
+                names if not given.
         """
-        self._launch(self._sweep, model, datamodule, merged, output, pool, grid)
+        if via == "test_step":
+            if metrics is not None or mode is None:
+                raise ValueError(
+                    "via='test_step' reads a metric that the module logs: give --metric NAME and "
+                    "--mode max or min, and no --metrics."
+                )
+            steps = TestSteps(
+                model=model,
+                data=datamodule,
+                clients=clients or {},
+                metric=metric,
+                mode=mode,
+                network=network,
+            )
+            self._sweep_test_steps(steps, merged, output, pool, grid)
+            return
+        if metric or mode or clients or network:
+            raise ValueError(
+                "metric, mode, clients and network are for --via test_step; the fast sweep takes "
+                "metrics: {task: {class_path: ...}} or the datamodule's test_metric(task)."
+            )
+        self._launch(self._sweep, model, datamodule, merged, output, pool, grid, metrics)
 
     def export(
         self,
@@ -243,6 +282,7 @@ class MergeTrainer(Trainer):
         output: str,
         pool: str | None,
         grid: PreferenceGrid,
+        metrics: dict[str, Metric] | None,
     ) -> None:
         if not isinstance(datamodule, TestSets):
             raise ValueError(
@@ -253,35 +293,45 @@ class MergeTrainer(Trainer):
         runtime = runtime_of(self)
         self._prepare(datamodule)
         steerable = _load(merged, model)
-        source = pool or steerable.record.get("pool")
-        if source is None:
-            raise ValueError(
-                f"{merged} was merged from modules in memory, so the sweep does not know where its "
-                "experts and base are: give pool=..., on the command line --pool."
-            )
+        chosen = declared(datamodule, steerable.tasks, metrics)
         result, scores = sweep_model(
             steerable,
-            ExpertPool.open(source),
+            _source(merged, steerable, pool),
             lambda task: sharded(suite.dataloader(suite.test_dataset(task)), runtime),
             grid,
             runtime,
-            keep=LIVE_SAMPLES,
+            keep=0 if chosen else LIVE_SAMPLES,
+            metrics=chosen,
         )
+        self._report(result, merged, output, None if chosen else _live(steerable, scores))
+        datamodule.teardown("test")
 
+    def _sweep_test_steps(
+        self, steps: TestSteps, merged: str, output: str, pool: str | None, grid: PreferenceGrid
+    ) -> None:
+        """Not launched as a whole: each test is, by the Trainer itself."""
+        models = [steps.model, *(client.model for client in steps.clients.values())]
+        steerable = _load(merged, next((module for module in models if module is not None), None))
+        experts = _source(merged, steerable, pool)
+        result = sweep_test_steps(self, steerable, experts, grid, steps)
+        self._report(result, merged, output, None)
+
+    def _report(
+        self, result: SweepResult, merged: str, output: str, live: LiveModel | None
+    ) -> None:
         def write() -> None:
             try:
                 record_scores(merged, result.summary())  # first: the sweep is newer than its model
             except OSError as error:
                 warnings.warn(f"the model card of {merged} has no scores: {error}", stacklevel=2)
             result.save(output)
-            paths = write_report(result, output, _live(steerable, scores))
+            paths = write_report(result, output, live)
             Console().print(console_table(result))
             for path in [Path(output) / "results.csv", *paths]:
                 self.print(path)
 
         on_first(self, write)
         self._log(result)
-        datamodule.teardown("test")
 
     def _prepare(self, datamodule: LightningDataModule) -> None:
         """Prepare data as a fit does: once, or once a node; then set up on every process."""
@@ -345,8 +395,19 @@ def _named(kind: str, tasks: Iterable[str], values: Tensor) -> dict[str, float]:
     return {f"{kind}/{task}": x for task, x in zip(tasks, values.tolist(), strict=True)}
 
 
+def _source(merged: str, model: MergedModel, pool: str | None) -> ExpertPool:
+    source = pool or model.record.get("pool")
+    if source is None:
+        raise ValueError(
+            f"{merged} was merged from modules in memory, so the sweep does not know where its "
+            "experts and base are: give pool=..., on the command line --pool."
+        )
+    return ExpertPool.open(source)
+
+
 def _load(folder: str, model: nn.Module | None) -> MergedModel:
-    if model is None:
+    known = read_json(Path(folder) / "merged.json", FORMAT, VERSION)["model"] is not None
+    if model is None or known:
         return MergedModel.load(folder)
     head = read_json(Path(folder) / MANIFEST, FORMAT, VERSION)["head"]
     names = read_backbone(Path(folder))

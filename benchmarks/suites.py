@@ -19,7 +19,7 @@ from lightning_merge.data import GlyphTask
 from lightning_merge.data.real import digits, mnist, textures
 from lightning_merge.files import write_tensors
 from lightning_merge.modules import OneCycle
-from lightning_merge.modules.base_checkpoint import load_backbone as load_checkpoint
+from lightning_merge.modules.base_checkpoint import load_base
 from lightning_merge.networks import load_backbone, set_submodule, split_state
 from lightning_merge.states import LazyStateDict
 
@@ -246,7 +246,7 @@ def build(name: str, seed: int, root: Path = ROOT, suite: Suite | None = None) -
     base_file = root / name / "base.safetensors"
     if not base_file.exists():
         if suite.checkpoint is not None and suite.checkpoint.exists():
-            load_checkpoint(template, suite.head, suite.checkpoint)
+            load_base(template, suite.head, suite.checkpoint)
             base = template
         else:
             base = finetune(

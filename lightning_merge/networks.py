@@ -210,12 +210,11 @@ def logits_of(output: Any) -> Tensor:
         ValueError: If there are none.
     """
     found = output.get("logits") if isinstance(output, Mapping) else output
-    if isinstance(found, Tensor) and found.ndim == 2:
+    if isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] > 1:
         return found
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
     raise ValueError(
-        f"class scores of shape (n, classes) are needed from the network, found {shape}. Merge "
-        "the part of it up to its logits."
+        f"class scores of shape (n, classes) are needed from the network, found {shape}."
     )
 
 

@@ -1,5 +1,6 @@
 """A Trainer that also merges, sweeps and exports, under its own devices and strategy."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -8,21 +9,33 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchmetrics import Metric
 
+from lightning_merge.backbones import parse_size, read_backbone
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.evaluation import Scores
+from lightning_merge.exporting import Format
 from lightning_merge.files import read_json
-from lightning_merge.merged import FORMAT, VERSION, MergedModel
-from lightning_merge.merging import BatchNorm, Correction, merge_experts
+from lightning_merge.merged import FORMAT, MANIFEST, VERSION, MergedModel, record_scores
+from lightning_merge.merging import BatchNorm, Correction, SameBase, chosen_tasks, merge_experts
 from lightning_merge.methods import Average, MergeMethod
+from lightning_merge.methods.interference import ReportDepth
 from lightning_merge.networks import named_state, plain_copy
 from lightning_merge.pareto import SweepResult
 from lightning_merge.pool import ExpertPool
-from lightning_merge.report import LiveModel, build_live, console_table, write_report
+from lightning_merge.report import (
+    LiveModel,
+    build_live,
+    console_table,
+    merge_pictures,
+    plan_text,
+    write_report,
+)
+from lightning_merge.scoring import declared
 from lightning_merge.selecting import corrections_with, select_from, select_merge
-from lightning_merge.states import LazyStateDict
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
+from lightning_merge.testing import Client, TestSteps, sweep_test_steps
 
 LIVE_SAMPLES = 200
 """Test samples of each task that the report's sliders are evaluated on, exactly."""
@@ -55,6 +68,10 @@ class MergeTrainer(Trainer):
         batch_norm: BatchNorm = "auto",
         batch_size: int = 128,
         select: bool | list[MergeMethod] = False,
+        report: ReportDepth = "full",
+        same_base: SameBase = "warn",
+        shard_size: str = "5GB",
+        dry_run: bool = False,
     ) -> None:
         """Merge the experts of a pool and calibrate the correction.
 
@@ -74,9 +91,25 @@ class MergeTrainer(Trainer):
                 labels, and keep the best: ``true`` for the default candidates, the base among
                 them, beside ``method``, or a list of methods. Needs a ``correction``, which is
                 tried beside the default ones.
+            report: Measure how the experts interfere, layer by layer, for ``merged.json``,
+                ``README.md`` and ``interference.png``: in full, without the singular directions
+                of matrices (some seconds in a large model), or not at all.
+            same_base: What to do about an expert that seems to come from another base.
+            shard_size: Size from which the backbone is written in several files with an index.
+            dry_run: List what each parameter would get, and write nothing.
         """
-        settings = (method, correction, tasks, batch_norm, batch_size)
-        self._launch(self._merge, model, pool, output, *settings, select)
+        if dry_run:
+            self._dry_run(pool, method, tasks, select)
+            return
+        shared = {
+            "tasks": tasks,
+            "batch_norm": batch_norm,
+            "batch_size": batch_size,
+            "report": report,
+            "same_base": same_base,
+        }
+        size = parse_size(shard_size)
+        self._launch(self._merge, model, pool, output, method, correction, select, size, shared)
 
     def sweep(
         self,
@@ -87,6 +120,12 @@ class MergeTrainer(Trainer):
         output: str,
         pool: str | None = None,
         grid: PreferenceGrid = PreferenceGrid(),  # noqa: B008 (frozen)
+        metrics: dict[str, Metric] | None = None,
+        via: Literal["forward", "test_step"] = "forward",
+        metric: str | None = None,
+        mode: Literal["max", "min"] | None = None,
+        clients: dict[str, Client] | None = None,
+        network: str | None = None,
     ) -> None:
         """Evaluate a merged model under every preference and write the report.
 
@@ -98,8 +137,38 @@ class MergeTrainer(Trainer):
             pool: Folder of the expert pool, for the experts and the base; by default the one that
                 the model was merged from.
             grid: Which preferences.
+            metrics: Metric of each task, of (outputs, targets); by default those that the
+                datamodule declares with ``test_metric(task)``, else the accuracy.
+            via: ``forward`` runs each test set once for all preferences; ``test_step`` runs the
+                project's own test loop once for each preference.
+            metric: With ``test_step``: name under which the metric is logged.
+            mode: With ``test_step``: whether the largest or the smallest is best.
+            clients: With ``test_step``: the module, data and metric of tasks that have their own.
+            network: With ``test_step``: dotted path of the network in the module; found by its
+                names if not given.
         """
-        self._launch(self._sweep, model, datamodule, merged, output, pool, grid)
+        if via == "test_step":
+            if metrics is not None or mode is None:
+                raise ValueError(
+                    "via='test_step' reads a metric that the module logs: give --metric NAME and "
+                    "--mode max or min, and no --metrics."
+                )
+            steps = TestSteps(
+                model=model,
+                data=datamodule,
+                clients=clients or {},
+                metric=metric,
+                mode=mode,
+                network=network,
+            )
+            self._sweep_test_steps(steps, merged, output, pool, grid)
+            return
+        if metric or mode or clients or network:
+            raise ValueError(
+                "metric, mode, clients and network are for --via test_step; the fast sweep takes "
+                "metrics: {task: {class_path: ...}} or the datamodule's test_metric(task)."
+            )
+        self._launch(self._sweep, model, datamodule, merged, output, pool, grid, metrics)
 
     def export(
         self,
@@ -110,7 +179,7 @@ class MergeTrainer(Trainer):
         output: str,
         preference: dict[str, float],
         task: str | None = None,
-        format: Literal["safetensors", "onnx", "torch_export"] = "safetensors",  # noqa: A002
+        format: Format = "safetensors",  # noqa: A002
     ) -> None:
         """Write the model tailored to one preference to a file that needs nothing of this package.
 
@@ -118,14 +187,14 @@ class MergeTrainer(Trainer):
             model: Network to fill, where the merged model cannot build its own.
             datamodule: Not needed.
             merged: Folder of the merged model.
-            output: The file to write.
+            output: The file to write; a folder for ``timm``.
             preference: Weight by task; tasks left out count 0.
             task: One task, with the expert's own parameter names; all tasks by default.
-            format: Weights, or a program.
+            format: Weights, a program, or a folder that timm loads.
         """
         steerable = _load(merged, model)
         example = None
-        if format != "safetensors":
+        if format in ("onnx", "torch_export"):
             example = _example(steerable, task)
         path = steerable.export(output, preference, task, format, example)
         self.print(f"wrote {path}")
@@ -147,6 +216,18 @@ class MergeTrainer(Trainer):
         finally:
             self.strategy.teardown()
 
+    def _dry_run(
+        self,
+        pool: str,
+        method: MergeMethod,
+        tasks: list[str] | None,
+        select: bool | list[MergeMethod],
+    ) -> None:
+        experts = ExpertPool.open(pool)
+        states = {task: experts.expert(task) for task in chosen_tasks(experts, tasks)}
+        tried = [method] if select is False else select_from(select, method, len(states))
+        self.print("\n\n".join(plan_text(one, experts.base, states) for one in tried))
+
     def _merge(
         self,
         model: LightningModule | None,
@@ -154,23 +235,20 @@ class MergeTrainer(Trainer):
         output: str,
         method: MergeMethod,
         correction: Correction,
-        tasks: list[str] | None,
-        batch_norm: BatchNorm,
-        batch_size: int,
-        select: bool | list[MergeMethod] = False,
+        select: bool | list[MergeMethod],
+        shard_size: int,
+        shared: dict[str, Any],
     ) -> None:
         experts = ExpertPool.open(pool)
         network = network_within(model, experts.base, experts.head)
         if select is not False:
             selection = select_merge(
                 experts,
-                select_from(select, method, len(tasks or experts.tasks)),
+                select_from(select, method, len(shared["tasks"] or experts.tasks)),
                 corrections=corrections_with(correction),
                 module=network,
-                tasks=tasks,
-                batch_norm=batch_norm,
-                batch_size=batch_size,
                 runtime=runtime_of(self),
+                **shared,
             )
             self.print(selection.summary())
             merged = selection.model
@@ -180,12 +258,15 @@ class MergeTrainer(Trainer):
                 method,
                 correction=correction,
                 module=network,
-                tasks=tasks,
-                batch_norm=batch_norm,
-                batch_size=batch_size,
                 runtime=runtime_of(self),
+                **shared,
             )
-        on_first(self, lambda: merged.save(output))
+        on_first(
+            self,
+            lambda: merged.save(
+                output, shard_size=shard_size, pictures=merge_pictures(merged.report)
+            ),
+        )
         facts = merged.correction.report() if merged.statistics else {}
         figures = {f"merge/r2/{task}": found["r2"] for task, found in facts.items()}
         for logger in self.loggers:
@@ -201,6 +282,7 @@ class MergeTrainer(Trainer):
         output: str,
         pool: str | None,
         grid: PreferenceGrid,
+        metrics: dict[str, Metric] | None,
     ) -> None:
         if not isinstance(datamodule, TestSets):
             raise ValueError(
@@ -211,31 +293,45 @@ class MergeTrainer(Trainer):
         runtime = runtime_of(self)
         self._prepare(datamodule)
         steerable = _load(merged, model)
-        source = pool or steerable.record.get("pool")
-        if source is None:
-            raise ValueError(
-                f"{merged} was merged from modules in memory, so the sweep does not know where its "
-                "experts and base are: give pool=..., on the command line --pool."
-            )
+        chosen = declared(datamodule, steerable.tasks, metrics)
         result, scores = sweep_model(
             steerable,
-            ExpertPool.open(source),
+            _source(merged, steerable, pool),
             lambda task: sharded(suite.dataloader(suite.test_dataset(task)), runtime),
             grid,
             runtime,
-            keep=LIVE_SAMPLES,
+            keep=0 if chosen else LIVE_SAMPLES,
+            metrics=chosen,
         )
+        self._report(result, merged, output, None if chosen else _live(steerable, scores))
+        datamodule.teardown("test")
 
+    def _sweep_test_steps(
+        self, steps: TestSteps, merged: str, output: str, pool: str | None, grid: PreferenceGrid
+    ) -> None:
+        """Not launched as a whole: each test is, by the Trainer itself."""
+        models = [steps.model, *(client.model for client in steps.clients.values())]
+        steerable = _load(merged, next((module for module in models if module is not None), None))
+        experts = _source(merged, steerable, pool)
+        result = sweep_test_steps(self, steerable, experts, grid, steps)
+        self._report(result, merged, output, None)
+
+    def _report(
+        self, result: SweepResult, merged: str, output: str, live: LiveModel | None
+    ) -> None:
         def write() -> None:
+            try:
+                record_scores(merged, result.summary())  # first: the sweep is newer than its model
+            except OSError as error:
+                warnings.warn(f"the model card of {merged} has no scores: {error}", stacklevel=2)
             result.save(output)
-            paths = write_report(result, output, _live(steerable, scores))
+            paths = write_report(result, output, live)
             Console().print(console_table(result))
             for path in [Path(output) / "results.csv", *paths]:
                 self.print(path)
 
         on_first(self, write)
         self._log(result)
-        datamodule.teardown("test")
 
     def _prepare(self, datamodule: LightningDataModule) -> None:
         """Prepare data as a fit does: once, or once a node; then set up on every process."""
@@ -299,11 +395,22 @@ def _named(kind: str, tasks: Iterable[str], values: Tensor) -> dict[str, float]:
     return {f"{kind}/{task}": x for task, x in zip(tasks, values.tolist(), strict=True)}
 
 
+def _source(merged: str, model: MergedModel, pool: str | None) -> ExpertPool:
+    source = pool or model.record.get("pool")
+    if source is None:
+        raise ValueError(
+            f"{merged} was merged from modules in memory, so the sweep does not know where its "
+            "experts and base are: give pool=..., on the command line --pool."
+        )
+    return ExpertPool.open(source)
+
+
 def _load(folder: str, model: nn.Module | None) -> MergedModel:
-    if model is None:
+    known = read_json(Path(folder) / "merged.json", FORMAT, VERSION)["model"] is not None
+    if model is None or known:
         return MergedModel.load(folder)
-    names = LazyStateDict(Path(folder) / "backbone.safetensors")
-    head = read_json(Path(folder) / "merged.json", FORMAT, VERSION)["head"]
+    head = read_json(Path(folder) / MANIFEST, FORMAT, VERSION)["head"]
+    names = read_backbone(Path(folder))
     return MergedModel.load(folder, module=network_within(model, names, head))
 
 

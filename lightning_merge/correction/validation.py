@@ -8,14 +8,13 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from lightning_merge.correction.checks import check_heads, check_widths
+from lightning_merge.correction.checks import Head, check_heads, check_widths
 from lightning_merge.correction.closed_form import ClosedFormCorrection
 from lightning_merge.correction.fit import TaskFit
-from lightning_merge.correction.fitted import Head
 from lightning_merge.correction.head_maps import HeadSolver, read_rows
 from lightning_merge.correction.mixing import held_out_error
+from lightning_merge.correction.mixture import shared_maps
 from lightning_merge.correction.moments import Moments
-from lightning_merge.correction.solver import shared_maps
 from lightning_merge.correction.statistics import CorrectionStatistics
 from lightning_merge.functional.preference import Preference, as_preference
 
@@ -121,12 +120,11 @@ def _solved(
             f"aggregation='{correction.aggregation}' mixes finished maps and is not "
             "cross-validated: use aggregation='data_aware'."
         )
-    maps = shared_maps(fits, weights, None)
     own_rows = [correction.fitted.rows(task) for task in names]
     solver_rows = [H for H in own_rows if H is not None]
     if solver_rows:
-        maps = HeadSolver(fits, solver_rows, correction.options.head).maps(weights, maps)
-    return maps[0]
+        return HeadSolver(fits, solver_rows, correction.options.head).maps(weights)[0]
+    return shared_maps(fits, weights)[0]
 
 
 def _measured_rows(

@@ -1,11 +1,13 @@
 """Iso-C and Iso-CTS: merging with a flat spectrum (Marczak et al., ICML 2025, 2502.04959)."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_merge.functional.lora import sum_factors
 from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.functional.spectral import Factors, leading_triplets, polar_and_values
 from lightning_merge.functional.tsv import joined, merge_factors
@@ -30,6 +32,17 @@ def iso_c(
     """
     polar, values = polar_and_values(task_vectors.sum(dim=0, dtype=torch.float64), rank_tol)
     return polar * values.mean() if len(values) else polar
+
+
+def iso_c_of_factors(
+    ups: Sequence[Float[Tensor, "m _"]],
+    downs: Sequence[Float[Tensor, "_ n"]],
+    rank_tol: float = 1e-5,
+) -> Float[Tensor, "m n"]:
+    """:func:`iso_c` of low-rank task vectors, without forming them."""
+    total = sum_factors(ups, downs, rank_tol)
+    polar = total.left @ total.right
+    return polar * total.values.mean() if len(total.values) else polar
 
 
 def iso_cts(

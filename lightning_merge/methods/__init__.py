@@ -12,8 +12,11 @@ from lightning_merge.methods.fisher import Fisher
 from lightning_merge.methods.greedy_soup import GreedySoup
 from lightning_merge.methods.isotropic import IsoC, IsoCTS
 from lightning_merge.methods.model_stock import ModelStock
+from lightning_merge.methods.projection import OutputProjection
+from lightning_merge.methods.regmean import RegMean
 from lightning_merge.methods.rules import Coefficient
 from lightning_merge.methods.slerp import Slerp
+from lightning_merge.methods.tall_store import MaskedExperts, TALLCompress
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv import TSVMerge
@@ -34,9 +37,13 @@ __all__ = [
     "GreedySoup",
     "IsoC",
     "IsoCTS",
+    "MaskedExperts",
     "MergeMethod",
     "ModelStock",
+    "OutputProjection",
+    "RegMean",
     "Slerp",
+    "TALLCompress",
     "TSVCompress",
     "TSVMerge",
     "TaskArithmetic",

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, final
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.functional.average import average
 from lightning_merge.functional.task_arithmetic import task_vectors_of
+from lightning_merge.methods.low_rank import low_rank_factors
 from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
 from lightning_merge.methods.walk import BlockMerge, map_blocks, scaled, stack_parameter
 from lightning_merge.runtime import Runtime
@@ -105,6 +106,10 @@ class WeightMethod(MergeMethod):
         chosen = matches(name, self.include) and not matches(name, self.exclude)
         return "method" if chosen else self.otherwise
 
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """Whether a parameter gets the mean of the task vectors, being no matrix to the method."""
+        return False
+
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> "WeightMethod":
         """Return the method to walk with, after whatever it must know of the whole model.
 
@@ -168,6 +173,22 @@ class WeightMethod(MergeMethod):
         """
         return None
 
+    def merge_low_rank(
+        self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Merge one parameter from the factors of its task vectors, where a method can do that.
+
+        Args:
+            name: As in :meth:`merge_tensor`, like ``base``.
+            base: Its pre-trained value.
+            ups: Left factors ``(out, rank)``; the rank is each expert's own and may be 0.
+            downs: Right factors ``(rank, in)``; a kernel is the matrix ``(out, in * kh * kw)``.
+
+        Returns:
+            What :meth:`merge_tensor` makes of the products, or None: only that can do it.
+        """
+        return None
+
     def average_tensor(self, experts: Tensor) -> Tensor:
         """Average of ``(T, *shape)`` for entries that the method does not merge."""
         return average(experts, torch.ones(len(experts), dtype=torch.float64))
@@ -195,6 +216,11 @@ class WeightMethod(MergeMethod):
             stacked = stack_parameter(name, value, experts, [1.0] * len(experts))
             return self.average_tensor(stacked).to(value.dtype)
         factors = coefficients_of(name, tuple(experts), self.coefficients)
+        low_rank = low_rank_factors(name, value, experts, factors)
+        if low_rank is not None:
+            merged = self.merge_low_rank(name, value, *low_rank)
+            if merged is not None:
+                return merged
         block_merge = self.block_merge(name)
         if block_merge is not None:
             return map_blocks(block_merge, name, value, experts, factors)

@@ -17,6 +17,10 @@ SMOOTHING = 0.9
 """Share of the past in running means of loss and predictions."""
 
 
+GAIN = 1e-4
+"""Relative fall of the running mean of the loss that counts as one."""
+
+
 @dataclass
 class LearningState:
     """Coefficients, optimizer, running means and history after a number of steps."""
@@ -64,7 +68,7 @@ class LearningState:
         old = SMOOTHING if self.updates else 0.0
         self.marginal = old * self.marginal + (1 - old) * marginal
         self.smoothed = loss if not self.updates else old * self.smoothed + (1 - old) * loss
-        if self.smoothed < self.best:
+        if self.smoothed < self.best - GAIN * abs(self.smoothed):
             self.best, self.best_step = self.smoothed, self.step
 
     def note(self, **values: Tensor) -> None:

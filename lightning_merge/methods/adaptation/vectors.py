@@ -84,12 +84,16 @@ class StreamedVectors:
         self, base: StateDict, experts: Mapping[str, StateDict], device: torch.device
     ) -> None:
         self._base, self._experts, self._device = base, experts, device
+        self._read: tuple[str, Tensor, list[Tensor]] | None = None
 
     def block(self, name: str, rows: slice) -> Tensor:
-        """As :meth:`KeptVectors.block`."""
-        origin = self._base[name].detach().reshape(-1)[rows].to(self._device)
-        values = [e[name].detach().reshape(-1)[rows].to(origin) for e in self._experts.values()]
-        return torch.stack([task_vectors_of(origin, value[None])[0] for value in values])
+        """As :meth:`KeptVectors.block`; the parameter that was asked for last is not read again."""
+        if self._read is None or self._read[0] != name:
+            values = [expert[name].detach().reshape(-1) for expert in self._experts.values()]
+            self._read = name, self._base[name].detach().reshape(-1), values
+        origin = self._read[1][rows].to(self._device)
+        parts = [value[rows].to(origin) for value in self._read[2]]
+        return torch.stack([task_vectors_of(origin, part[None])[0] for part in parts])
 
 
 Vectors: TypeAlias = KeptVectors | StreamedVectors

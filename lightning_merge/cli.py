@@ -28,7 +28,7 @@ import lightning_merge.modules  # noqa: F401
 from lightning_merge.strategies import FirstProcessError
 from lightning_merge.trainer import MergeTrainer
 
-OWN = ("merge", "sweep", "export")
+OWN = ("merge", "sweep", "export", "import")
 ABOUT = "Fine-tune experts, merge them, and steer the merged model with a preference."
 COMMANDS = ("fit", "validate", "test", "predict", *OWN)
 
@@ -129,7 +129,10 @@ class MergeCLI(LightningCLI):
             parser = self.init_parser(**kwargs)
             # First, so that help and printed configs begin with what the stage is about.
             self._subcommand_method_arguments[subcommand] = parser.add_method_arguments(
-                klass, subcommand, skip=set(self.subcommands()[subcommand]), sub_configs=True
+                klass,
+                subcommand,
+                skip=set(self.subcommands()[subcommand]),
+                sub_configs=True,
             )
             self._add_arguments(parser)
             parser.usage = f"lightning-merge {subcommand} [-c CONFIG] [options]"
@@ -150,7 +153,7 @@ class MergeCLI(LightningCLI):
         if self.subcommand not in OWN:
             return
         config = self.config[self.subcommand]
-        if self.subcommand != "sweep":
+        if self.subcommand not in ("sweep", "import"):
             config["data"] = None
         if config.get("via") == "test_step":
             return  # its test_step is what counts

@@ -7,20 +7,23 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
-from lightning_merge.backbones import parse_size, read_backbone
+from lightning_merge.backbones import parse_size
+from lightning_merge.calibration import CalibrationInputs
+from lightning_merge.checkpoints import read_checkpoint
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.evaluation import Scores
 from lightning_merge.exporting import Format
-from lightning_merge.files import read_json
-from lightning_merge.merged import FORMAT, MANIFEST, VERSION, MergedModel, record_scores
+from lightning_merge.importing import calibration_file, open_pool
+from lightning_merge.loading import example_inputs, load_merged, network_within, pool_of
+from lightning_merge.logging import log_sweep
+from lightning_merge.merged import MergedModel, record_scores
 from lightning_merge.merging import BatchNorm, Correction, SameBase, chosen_tasks, merge_experts
 from lightning_merge.methods import Average, MergeMethod
 from lightning_merge.methods.interference import ReportDepth
-from lightning_merge.networks import named_state, plain_copy
 from lightning_merge.pareto import SweepResult
 from lightning_merge.pool import ExpertPool
 from lightning_merge.report import (
@@ -111,6 +114,51 @@ class MergeTrainer(Trainer):
         size = parse_size(shard_size)
         self._launch(self._merge, model, pool, output, method, correction, select, size, shared)
 
+    def import_expert(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        pool: str,
+        task: str,
+        checkpoint: str,
+        head: str | None = None,
+        base: str | None = None,
+        spec: dict | None = None,  # type: ignore[type-arg] # bare: stays raw
+        calibration: str | None = None,
+        num_calibration: int = 2000,
+        overwrite: bool = False,
+    ) -> None:
+        """Add an expert that exists already to a pool, without training.
+
+        Args:
+            model: Not needed.
+            datamodule: Unlabeled inputs, if it has a ``calibration_dataset(task)``.
+            pool: Folder of the expert pool; made from ``base`` if it does not exist.
+            task: Name of the expert.
+            checkpoint: Its weights: a ``.ckpt``, ``.pt`` or ``.safetensors`` file, or a folder of
+                Hugging Face or timm.
+            head: Dotted path of the head in the network; needed to make a pool.
+            base: Weights that the experts were fine-tuned from; needed to make a pool.
+            spec: How to build the network, ``{class_path, init_args}``; a timm folder knows.
+            calibration: File of unlabeled inputs, ``.safetensors`` or ``.pt``: a tensor ``inputs``,
+                or named ones.
+            num_calibration: At most this many inputs are kept of the datamodule's.
+            overwrite: Replace an expert of this name.
+        """
+        experts = open_pool(pool, head, base, spec)
+        experts.check_task(task, overwrite=overwrite)
+        inputs: Any = None if calibration is None else calibration_file(calibration)
+        if inputs is None and hasattr(datamodule, "calibration_dataset"):
+            assert datamodule is not None
+            self._prepare(datamodule)
+            batches = DataLoader(datamodule.calibration_dataset(task), batch_size=128)
+            inputs = CalibrationInputs.collect(batches, num_calibration)
+        state = read_checkpoint(checkpoint, stand_ins=True)
+        experts.add(task, state, calibration=inputs, overwrite=overwrite)
+        without = "" if inputs is not None else ", without calibration inputs: no correction yet"
+        self.print(f"{pool}: added '{task}'{without}")
+
     def sweep(
         self,
         model: LightningModule | None = None,
@@ -192,10 +240,10 @@ class MergeTrainer(Trainer):
             task: One task, with the expert's own parameter names; all tasks by default.
             format: Weights, a program, or a folder that timm loads.
         """
-        steerable = _load(merged, model)
+        steerable = load_merged(merged, model)
         example = None
         if format in ("onnx", "torch_export"):
-            example = _example(steerable, task)
+            example = example_inputs(steerable, task)
         path = steerable.export(output, preference, task, format, example)
         self.print(f"wrote {path}")
 
@@ -292,11 +340,11 @@ class MergeTrainer(Trainer):
         suite: TestSets = datamodule
         runtime = runtime_of(self)
         self._prepare(datamodule)
-        steerable = _load(merged, model)
+        steerable = load_merged(merged, model)
         chosen = declared(datamodule, steerable.tasks, metrics)
         result, scores = sweep_model(
             steerable,
-            _source(merged, steerable, pool),
+            pool_of(merged, steerable, pool),
             lambda task: sharded(suite.dataloader(suite.test_dataset(task)), runtime),
             grid,
             runtime,
@@ -311,8 +359,10 @@ class MergeTrainer(Trainer):
     ) -> None:
         """Not launched as a whole: each test is, by the Trainer itself."""
         models = [steps.model, *(client.model for client in steps.clients.values())]
-        steerable = _load(merged, next((module for module in models if module is not None), None))
-        experts = _source(merged, steerable, pool)
+        steerable = load_merged(
+            merged, next((module for module in models if module is not None), None)
+        )
+        experts = pool_of(merged, steerable, pool)
         result = sweep_test_steps(self, steerable, experts, grid, steps)
         self._report(result, merged, output, None)
 
@@ -331,7 +381,7 @@ class MergeTrainer(Trainer):
                 self.print(path)
 
         on_first(self, write)
-        self._log(result)
+        on_first(self, lambda: log_sweep(self.loggers, result, output))
 
     def _prepare(self, datamodule: LightningDataModule) -> None:
         """Prepare data as a fit does: once, or once a node; then set up on every process."""
@@ -342,76 +392,9 @@ class MergeTrainer(Trainer):
         self.strategy.barrier("lightning_merge_prepare_data")
         datamodule.setup("test")
 
-    def _log(self, result: SweepResult) -> None:
-        """One step a preference: its weights and scores; the named rows with the first."""
-        rows = [
-            {
-                **{
-                    f"preference/{task}": float(p)
-                    for task, p in zip(result.tasks, weights, strict=True)
-                },
-                **{
-                    f"{result.metric}/{task}": float(x)
-                    for task, x in zip(result.tasks, scores, strict=True)
-                },
-                f"{result.metric}/mean": float(scores.mean()),
-            }
-            for weights, scores in zip(result.preferences, result.raw, strict=True)
-        ]
-        for row, values in result.summary()["rows"].items():
-            rows[0] |= {f"{row}/{name}": values[name] for name in ("raw_mean", "normalized_mean")}
-        for logger in self.loggers:
-            for step, row in enumerate(rows):
-                logger.log_metrics(row, step=step)
-            logger.save()
-            logger.finalize("success")
 
-
-def network_within(model: nn.Module | None, names: Iterable[str], head: str) -> nn.Module | None:
-    """Find the network in a LightningModule, whatever its name there: a copy, wrappers apart.
-
-    Args:
-        model: A LightningModule or any module; ``None`` gives ``None``.
-        names: Names of the backbone's tensors in the network.
-        head: Dotted path of the head in the network.
-
-    Raises:
-        ValueError: If no part of it has these names.
-    """
-    if model is None:
-        return None
-    wanted = set(names)
-    for part in model.modules():
-        found = set(named_state(part))
-        if wanted <= found and any(name.startswith(f"{head}.") for name in found):
-            return plain_copy(part)
-    raise ValueError(
-        f"no part of {type(model).__name__} has the backbone's {len(wanted)} tensors (such as "
-        f"'{min(wanted, default='')}') and a head '{head}'. Give the module that was fine-tuned."
-    )
-
-
-def _named(kind: str, tasks: Iterable[str], values: Tensor) -> dict[str, float]:
-    return {f"{kind}/{task}": x for task, x in zip(tasks, values.tolist(), strict=True)}
-
-
-def _source(merged: str, model: MergedModel, pool: str | None) -> ExpertPool:
-    source = pool or model.record.get("pool")
-    if source is None:
-        raise ValueError(
-            f"{merged} was merged from modules in memory, so the sweep does not know where its "
-            "experts and base are: give pool=..., on the command line --pool."
-        )
-    return ExpertPool.open(source)
-
-
-def _load(folder: str, model: nn.Module | None) -> MergedModel:
-    known = read_json(Path(folder) / "merged.json", FORMAT, VERSION)["model"] is not None
-    if model is None or known:
-        return MergedModel.load(folder)
-    head = read_json(Path(folder) / MANIFEST, FORMAT, VERSION)["head"]
-    names = read_backbone(Path(folder))
-    return MergedModel.load(folder, module=network_within(model, names, head))
+# A keyword of Python names the subcommand, so the class statement cannot name the method.
+setattr(MergeTrainer, "import", MergeTrainer.import_expert)
 
 
 def _live(model: MergedModel, scores: Mapping[str, Scores]) -> LiveModel | None:
@@ -428,14 +411,3 @@ def _live(model: MergedModel, scores: Mapping[str, Scores]) -> LiveModel | None:
         samples_per_task=LIVE_SAMPLES,
         available={task: found.samples for task, found in scores.items()},
     )
-
-
-def _example(model: MergedModel, task: str | None) -> Any:
-    pool = model.record.get("pool")
-    inputs = ExpertPool.open(pool).calibration(task or model.tasks[0]) if pool else None
-    if inputs is None:
-        raise ValueError(
-            "programs are traced on a batch of inputs, but the pool of this model has none: use "
-            "MergedModel.export(..., example=inputs) from Python."
-        )
-    return inputs[slice(0, 2)]

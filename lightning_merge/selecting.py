@@ -29,8 +29,8 @@ from lightning_merge.runtime import Runtime
 
 CORRECTIONS = (
     CorrectionOptions(),
-    CorrectionOptions(metric="head"),
-    CorrectionOptions(prior="procrustes", beta=1e-2),
+    CorrectionOptions(metric="representation"),
+    CorrectionOptions(metric="representation", prior="procrustes", beta=1e-2),
 )
 """Corrections that are tried on every merge: both metrics, and a fixed ridge and prior."""
 

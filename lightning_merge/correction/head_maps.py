@@ -1,12 +1,13 @@
 """Maps for mixtures of tasks, in the metric of the tasks' heads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_merge.correction.checks import Head
 from lightning_merge.correction.fit import TaskFit
 from lightning_merge.correction.mixture import HeadRows, shared_maps
 from lightning_merge.functional.head_metric import (
@@ -104,7 +105,7 @@ class HeadSolver:
 
     def _decoupling(self, active: tuple[int, ...]) -> Decoupling | None:
         """How these tasks are served at once; None if their heads compete."""
-        if not (self._all_independent or independent([self._bases[i] for i in active])):
+        if not (self.all_independent or independent([self._bases[i] for i in active])):
             return None
         if active not in self._decoupled:
             while len(self._decoupled) >= PATTERNS:
@@ -119,8 +120,8 @@ class HeadSolver:
         return [row_space(H)[0] for H in self.rows]
 
     @cached_property
-    def _all_independent(self) -> bool:
-        # Then those of fewer tasks are too.
+    def all_independent(self) -> bool:
+        """Whether no heads compete; then those of fewer tasks don't either."""
         return independent(self._bases)
 
     def _competing(self, active: tuple[int, ...], weights: Tensor) -> Tensor:
@@ -154,6 +155,21 @@ class HeadSolver:
         distance, nearest = torch.cdist(new, seen, p=1.0).min(1)
         # Beyond this, the plain solution for the right weights is the better guess.
         return torch.where((distance < 0.5)[:, None, None].to(maps.device), maps[nearest], shared)
+
+
+def decouple(heads: Mapping[str, Head], options: HeadMetric) -> bool:
+    """Whether heads read independent directions, so that the head metric has a closed form.
+
+    Heads of different widths never share a map. A head that reads nothing has no metric.
+    """
+    bases: dict[int, list[Tensor]] = {}
+    for weight, _ in heads.values():
+        try:
+            rows = readout(weight.detach().double(), centre=options.centre)
+        except ValueError:
+            return False
+        bases.setdefault(rows.shape[1], []).append(row_space(rows)[0])
+    return all(independent(group) for group in bases.values())
 
 
 def read_rows(weight: Tensor, like: Tensor, options: HeadMetric) -> Tensor:

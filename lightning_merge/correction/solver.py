@@ -45,11 +45,17 @@ class MixtureSolver:
         weights = preferences * torch.tensor(scales, dtype=torch.float64)
         if self.scalarization == "linear":
             return weights
-        return torch.stack([self._chebyshev(p) for p in preferences])
+        return torch.stack(
+            [self._chebyshev(p, row) for p, row in zip(preferences, weights, strict=True)]
+        )
 
-    def _chebyshev(self, preference: Tensor) -> Tensor:
+    def _chebyshev(self, preference: Tensor, linear: Tensor) -> Tensor:
         active = preference.nonzero().flatten().tolist()
         names = [self.tasks[i] for i in active]
+        if len(names) == 1 or (
+            self.fitted.heads is not None and self._solver(names).all_independent
+        ):
+            return linear  # every task has its own optimum: all losses are zero
         fits = self._fits(names)
         if any(fit.ridge == float("inf") for fit in fits):
             raise ValueError("scalarization='chebyshev' needs a finite beta.")

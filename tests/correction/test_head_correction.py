@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_merge.correction import (
     BetaSearch,
     ClosedFormCorrection,
+    CorrectionOptions,
     CorrectionStatistics,
     HeadMetric,
 )
@@ -279,3 +280,35 @@ def test_kept_rows_are_within_the_memory_cap(
     kept = correction._folder._kept
     assert kept
     assert sum(rows.memory for rows in kept) <= 4096
+
+
+def test_auto_takes_the_head_metric_unless_heads_compete(
+    make_features: Callable, make_statistics: Callable
+) -> None:
+    statistics = make_statistics(make_features(SIZES, d=9))
+    options = CorrectionOptions(**FIXED)
+    assert options.metric == "auto"
+    assert CorrectionOptions.from_dict(options.as_dict()) == options
+    assert options.build(statistics, heads_of(4)).metric == "head"
+    assert options.build(statistics, heads_of(5)).metric == "representation"
+    silent = {task: (torch.ones(4, 9), None) for task in SIZES}
+    assert options.build(statistics, silent).metric == "representation"
+    chebyshev = CorrectionOptions(scalarization="chebyshev", **FIXED)
+    assert chebyshev.build(statistics, heads_of(4)).metric == "representation"
+    assert CorrectionOptions.paper().build(statistics, heads_of(4)).metric == "representation"
+    saved = options.as_dict() | {"metric": "representation"}
+    old = CorrectionOptions.from_dict(saved)
+    assert old.build(statistics, heads_of(4)).metric == "representation"
+
+
+def test_chebyshev_of_independent_heads_has_nothing_to_trade(
+    make_features: Callable, make_statistics: Callable
+) -> None:
+    statistics = make_statistics(make_features(SIZES, d=9))
+    heads = heads_of(4)
+    both = [
+        ClosedFormCorrection(statistics, metric="head", heads=heads, scalarization=kind, **FIXED)
+        for kind in ("linear", "chebyshev")
+    ]
+    one, other = (correction.solve([1, 2, 3]).weight for correction in both)
+    assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""The command line: Lightning's own, with ``merge``, ``sweep`` and ``export`` beside ``fit``."""
+"""The command line: Lightning's own, with ``merge``, ``sweep``, ``diagnose`` and ``export``."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ import lightning_merge.modules  # noqa: F401
 from lightning_merge.strategies import FirstProcessError
 from lightning_merge.trainer import MergeTrainer
 
-OWN = ("merge", "sweep", "export", "import")
+OWN = ("merge", "sweep", "diagnose", "export", "import")
 ABOUT = "Fine-tune experts, merge them, and steer the merged model with a preference."
 COMMANDS = ("fit", "validate", "test", "predict", *OWN)
 

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -267,15 +267,70 @@ def _written(report: MergeReport | str, method: MergeMethod, network: nn.Module)
     return report.under(method).in_order(list(named_state(network))).as_dict()
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeInputs:
+    """What a :class:`~lightning_merge.methods.CalibratedMethod` merges."""
+
+    base: StateDict
+    """Backbone of the base."""
+    experts: dict[str, StateDict]
+    """Backbones of the experts by task; those of a pool are read lazily."""
+    calibration: Calibration
+    """Networks and unlabeled inputs."""
+
+
+def calibration_for(
+    experts: ExpertPool | Mapping[str, nn.Module],
+    calibration: Mapping[str, Any] | None = None,
+    *,
+    base: nn.Module | None = None,
+    head: str | None = None,
+    module: nn.Module | None = None,
+    tasks: Sequence[str] | None = None,
+    batch_size: int = 128,
+    runtime: Runtime | None = None,
+) -> MergeInputs:
+    """Give the three arguments of ``CalibratedMethod.merge``; as for :func:`merge_experts`.
+
+    Example:
+        ``found = calibration_for(experts, inputs, base=network, head="head")``, then
+        ``RegMean().merge(found.base, found.experts, found.calibration)``.
+
+    Raises:
+        ValueError: If there are fewer than two experts, or inputs of one are missing.
+    """
+    source, inputs_of = open_source(experts, calibration, base, head)
+    names = chosen_tasks(source, tasks)
+    inputs = {task: found for task in names if (found := inputs_of(task)) is not None}
+    if missing := [task for task in names if task not in inputs]:
+        raise ValueError(
+            f"no calibration inputs for {', '.join(missing)}: add the experts with calibration=, "
+            "or give calibration={task: inputs}."
+        )
+    network = source.network() if module is None else plain_copy(module)
+    template = plain_copy(get_submodule(network, source.head))
+    heads = {task: build_head(template, source.head_state(task)).eval() for task in names}
+    return MergeInputs(
+        base=source.base,
+        experts={task: source.expert(task) for task in names},
+        calibration=_calibration(source, network, heads, inputs, runtime or Runtime(), batch_size),
+    )
+
+
 def describe(method: MergeMethod) -> dict[str, Any]:
     """A method as plain data: ``{"class_path", "init_args"}``."""
     kind = type(method)
-    arguments = asdict(method)
-    for field in fields(method):  # a method may start from another one
-        value = getattr(method, field.name)
-        if isinstance(value, MergeMethod):
-            arguments[field.name] = describe(value)
+    arguments = {field.name: _plain(getattr(method, field.name)) for field in fields(method)}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def _plain(value: Any) -> Any:
+    """Methods within methods keep their class."""
+    if isinstance(value, MergeMethod):
+        return describe(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(item) for item in value)
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def open_source(

@@ -1,4 +1,4 @@
-"""A Trainer that also merges, sweeps and exports, under its own devices and strategy."""
+"""A Trainer that also merges, sweeps, diagnoses and exports, under its own devices and strategy."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +15,7 @@ from lightning_merge.backbones import parse_size
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.checkpoints import read_checkpoint
 from lightning_merge.correction import CorrectionOptions
+from lightning_merge.diagnosing import diagnose_experts
 from lightning_merge.evaluation import Scores
 from lightning_merge.exporting import Format
 from lightning_merge.importing import calibration_file, open_pool
@@ -22,7 +23,7 @@ from lightning_merge.loading import example_inputs, load_merged, network_within,
 from lightning_merge.logging import log_sweep
 from lightning_merge.merged import MergedModel, record_scores
 from lightning_merge.merging import BatchNorm, Correction, SameBase, chosen_tasks, merge_experts
-from lightning_merge.methods import Average, MergeMethod
+from lightning_merge.methods import Average, MergeMethod, WeightMethod
 from lightning_merge.methods.interference import ReportDepth
 from lightning_merge.pareto import SweepResult
 from lightning_merge.pool import ExpertPool
@@ -34,6 +35,7 @@ from lightning_merge.report import (
     plan_text,
     write_report,
 )
+from lightning_merge.report.diagnosis_figure import write_diagnosis_picture
 from lightning_merge.scoring import declared
 from lightning_merge.selecting import corrections_with, select_from, select_merge
 from lightning_merge.strategies import on_first, runtime_of, sharded
@@ -56,7 +58,7 @@ class TestSets(Protocol):
 
 
 class MergeTrainer(Trainer):
-    """Lightning's Trainer with ``merge``, ``sweep`` and ``export`` beside ``fit``."""
+    """Lightning's Trainer with ``merge``, ``sweep``, ``diagnose`` and ``export`` beside ``fit``."""
 
     def merge(
         self,
@@ -218,6 +220,35 @@ class MergeTrainer(Trainer):
             )
         self._launch(self._sweep, model, datamodule, merged, output, pool, grid, metrics)
 
+    def diagnose(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        pool: str,
+        output: str,
+        heuristics: list[WeightMethod] | None = None,
+        tasks: list[str] | None = None,
+        num_folds: int = 5,
+        tokens_per_sample: int | None = 64,
+        batch_size: int = 128,
+    ) -> None:
+        """Tell what merging these experts can keep, from calibration inputs alone.
+
+        Args:
+            model: Network to fill, where the pool cannot build its own.
+            datamodule: Not needed: calibration inputs are in the pool.
+            pool: Folder of the expert pool.
+            output: Folder of the results: ``diagnosis.json``, ``layers.csv``, ``diagnosis.png``.
+            heuristics: Methods to compare with; the average and task arithmetic by default.
+            tasks: Diagnose these only, in this order; all of the pool by default.
+            num_folds: Folds for the shares captured on samples left out.
+            tokens_per_sample: At most as many columns (tokens, patches) of each sample; null: all.
+            batch_size: Samples a forward pass.
+        """
+        settings = (heuristics, tasks, num_folds, tokens_per_sample, batch_size)
+        self._launch(self._diagnose, model, pool, output, *settings)
+
     def export(
         self,
         model: LightningModule | None = None,
@@ -321,6 +352,36 @@ class MergeTrainer(Trainer):
             logger.log_metrics(figures | merged.record["timings"], step=0)
             logger.save()
         self.print(f"wrote {output}")
+
+    def _diagnose(
+        self,
+        model: LightningModule | None,
+        pool: str,
+        output: str,
+        heuristics: list[WeightMethod] | None,
+        tasks: list[str] | None,
+        num_folds: int,
+        tokens_per_sample: int | None,
+        batch_size: int,
+    ) -> None:
+        experts = ExpertPool.open(pool)
+        diagnosis = diagnose_experts(
+            experts,
+            heuristics=heuristics or (),
+            num_folds=num_folds,
+            tokens_per_sample=tokens_per_sample,
+            module=network_within(model, experts.base, experts.head),
+            tasks=tasks,
+            batch_size=batch_size,
+            runtime=runtime_of(self),
+        )
+
+        def write() -> None:
+            paths = [*diagnosis.save(output), write_diagnosis_picture(diagnosis, output)]
+            for line in [*diagnosis.recommendation(), *paths]:
+                self.print(line)
+
+        on_first(self, write)
 
     def _sweep(
         self,

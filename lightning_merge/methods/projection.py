@@ -63,7 +63,7 @@ class OutputProjection(CalibratedMethod):
     """Largest value of every coefficient; null: none."""
     total: float | None = None
     """Sum of the coefficients of a problem; null: any."""
-    include: tuple[WeightMethod, ...] = ()
+    heuristics: tuple[WeightMethod, ...] = ()
     """Methods whose updates join the basis, so that none is better on the calibration inputs."""
     preference: dict[str, float] | None = None
     """Weight of each task; null: all alike."""
@@ -108,8 +108,8 @@ class OutputProjection(CalibratedMethod):
                 f"basis='{self.basis}' has no coefficients to constrain: leave lower, upper and "
                 "total null, or choose task, row or block."
             )
-        if self.basis == "span" and not self.include:
-            raise ValueError("basis='span' needs methods to span it: give include=[...].")
+        if self.basis == "span" and not self.heuristics:
+            raise ValueError("basis='span' needs methods to span it: give heuristics=[...].")
         if self.basis == "task_global" and self.mode == "sequential":
             raise ValueError(
                 "basis='task_global' shares its coefficients between layers, so all must be known "
@@ -207,7 +207,7 @@ class _Solver:
         self.preference = as_preference(
             method.preference or dict.fromkeys(experts, 1.0), list(experts)
         )
-        elements = len(method.include) + (0 if method.basis == "span" else len(experts))
+        elements = len(method.heuristics) + (0 if method.basis == "span" else len(experts))
         method.constraint.check(elements)
         self.walk = LayerWalk(
             base,
@@ -219,7 +219,7 @@ class _Solver:
         )
         self.included = {
             f"{type(one).__name__} {number}": one.merge(base, experts)
-            for number, one in enumerate(method.include)
+            for number, one in enumerate(method.heuristics)
         }
         self.reports: list[LayerReport] = []
 

@@ -138,11 +138,11 @@ def test_a_one_hot_preference_gives_that_experts_outputs(basis):
 
 def test_the_objective_falls_with_the_basis_and_is_below_every_included_heuristic():
     base, states, calibration, experts = case(mlp(8, 6), "4", (6,), samples=15)
-    include = (TIES(density=0.5), DARE(density=0.5), TaskArithmetic(scale=0.4))
+    heuristics = (TIES(density=0.5), DARE(density=0.5), TaskArithmetic(scale=0.4))
     previous = {"0": math.inf, "2": math.inf}
     for basis in ("task", "row", "full"):
         method = OutputProjection(
-            basis=basis, mode="parallel", include=include, ridge=0.0, safeguard=False
+            basis=basis, mode="parallel", heuristics=heuristics, ridge=0.0, safeguard=False
         )
         merged, reports = _unwarned(method, base, states, calibration)
         for module, report in zip(previous, reports, strict=True):
@@ -298,7 +298,7 @@ def test_the_safeguard_keeps_a_heuristic_that_is_better_on_samples_left_out():
     base, states, calibration, _ = case(mlp(12, 30), "4", (30,), tasks=2, samples=6, step=0.05)
     # Far too few samples for 31 x 12 unknowns without a ridge.
     _, reports = _unwarned(
-        OutputProjection(mode="parallel", ridge=0.0, include=(TaskArithmetic(scale=0.7),)),
+        OutputProjection(mode="parallel", ridge=0.0, heuristics=(TaskArithmetic(scale=0.7),)),
         base,
         states,
         calibration,

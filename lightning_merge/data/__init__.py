@@ -4,6 +4,16 @@ from lightning_merge.data.glyphs import GlyphTask
 from lightning_merge.data.images import ImageTask
 from lightning_merge.data.suite import TaskSuite
 from lightning_merge.data.task import Task
+from lightning_merge.data.text import TextTask, Tokens
 from lightning_merge.data.transforms import PlainTransform, TimmTransform
 
-__all__ = ["GlyphTask", "ImageTask", "PlainTransform", "Task", "TaskSuite", "TimmTransform"]
+__all__ = [
+    "GlyphTask",
+    "ImageTask",
+    "PlainTransform",
+    "Task",
+    "TaskSuite",
+    "TextTask",
+    "TimmTransform",
+    "Tokens",
+]

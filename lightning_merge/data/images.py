@@ -1,20 +1,15 @@
 """Images of any Hugging Face data set as a task."""
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import datasets
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from lightning_merge.data.sources import Kind, load_splits, take
-from lightning_merge.data.task import Task
+from lightning_merge.data.columns import ColumnTask
+from lightning_merge.data.sources import Kind
 
 
-class ImageTask(Task):
+class ImageTask(ColumnTask):
     """Image classification on a Hugging Face data set: from the Hub, or from files.
 
     A split that is not named is held out of the training split: ``seed`` shuffles its positions,
@@ -44,6 +39,9 @@ class ImageTask(Task):
         seed: Seed of what is held out.
     """
 
+    _unit = "images"
+    _role = "image"
+
     def __init__(
         self,
         path: str,
@@ -63,163 +61,36 @@ class ImageTask(Task):
         revision: str | None = None,
         seed: int = 0,
     ) -> None:
-        sizes = {"validation_size": validation_size, "calibration_size": calibration_size}
-        wrong = [
-            f"{key} {size}" for key, size in sizes.items() if size <= 0 or 1 < size != int(size)
-        ]
-        if wrong:
-            raise ValueError(
-                f"expected a fraction in (0, 1) or a number of images, got {', '.join(wrong)}."
-            )
-        self.path, self.kind, self.name, self.revision = str(path), kind, name, revision
-        self.transform, self.train_transform = transform, train_transform or transform
-        self.train_split, self.validation_split = train_split, validation_split
-        self.test_split, self.calibration_split = test_split, calibration_split
-        self.validation_size, self.calibration_size = validation_size, calibration_size
-        self.image, self.label, self.seed = image, label, seed
-        self._num_classes = num_classes
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes: as given, or else as the data says."""
-        return self._num_classes or self._classes[0]
-
-    def prepare(self) -> None:
-        """Download the data and fill the cache of ``datasets``."""
-        self._splits  # noqa: B018 - reading it is the work
-
-    def train(self) -> "ImageRows":
-        """Labelled images to fine-tune on, through ``train_transform``."""
-        return self._rows(self._kept["train"], self.train_transform)
-
-    def validation(self) -> "ImageRows":
-        """Labelled images to choose a checkpoint on."""
-        split = self.validation_split
-        return self._rows(self._take(split) if split else self._kept["validation"], self.transform)
-
-    def test(self) -> "ImageRows":
-        """Labelled images to report on."""
-        return self._rows(self._take(self.test_split), self.transform)
-
-    def calibration(self) -> "ImageRows":
-        """Unlabeled images for statistics; the label column is not even loaded."""
-        split = self.calibration_split
-        data = self._take(split) if split else self._kept["calibration"]
-        return ImageRows(self._images_of(data), self.image, self.transform)
-
-    def _rows(self, data: datasets.Dataset, transform: Callable[[Any], Any]) -> "ImageRows":
-        self._check_column(data, self.label)
-        numbers = None if self._classes[1] is None else dict(self._classes[1])
-        return ImageRows(
-            self._images_of(data, self.label), self.image, transform, self.label, numbers
+        super().__init__(
+            path,
+            column=image,
+            label=label,
+            train_split=train_split,
+            validation_split=validation_split,
+            test_split=test_split,
+            calibration_split=calibration_split,
+            validation_size=validation_size,
+            calibration_size=calibration_size,
+            num_classes=num_classes,
+            kind=kind,
+            name=name,
+            revision=revision,
+            seed=seed,
         )
+        self.transform, self.train_transform = transform, train_transform or transform
 
-    def _images_of(self, data: datasets.Dataset, *more: str) -> datasets.Dataset:
-        self._check_column(data, self.image)
-        data = data.select_columns([self.image, *more])
-        if isinstance(data.features[self.image], datasets.Image):
+    def _prepared(self, *, train: bool) -> Callable[[Any], Any]:
+        return self.train_transform if train else self.transform
+
+    def _inputs_of(self, data: datasets.Dataset, *more: str) -> datasets.Dataset:
+        self._check_column(data, self.column)
+        data = data.select_columns([self.column, *more])
+        if isinstance(data.features[self.column], datasets.Image):
             return data
         try:
-            return data.cast_column(self.image, datasets.Image())
+            return data.cast_column(self.column, datasets.Image())
         except Exception as error:  # pyarrow has many classes for a cast that fails
             raise ValueError(
-                f"column '{self.image}' of {self.path} is {data.features[self.image]}, which holds "
-                "no images: expected encoded images, or paths of image files."
+                f"column '{self.column}' of {self.path} is {data.features[self.column]}, which "
+                "holds no images: expected encoded images, or paths of image files."
             ) from error
-
-    def _check_column(self, data: datasets.Dataset, column: str) -> None:
-        if column not in data.column_names:
-            raise ValueError(
-                f"{self.path} has no column '{column}'; it has {', '.join(data.column_names)}. "
-                "Give the names of its columns with 'image' and 'label'."
-            )
-
-    @cached_property
-    def _splits(self) -> dict[str, datasets.Dataset]:
-        return load_splits(self.path, self.kind, self.name, self.revision)
-
-    def _take(self, split: str) -> datasets.Dataset:
-        return take(self._splits, split, self.path)
-
-    @cached_property
-    def _kept(self) -> dict[str, datasets.Dataset]:
-        """The training split, and what is held out of it."""
-        data = self._take(self.train_split)
-        want = {
-            "calibration": 0
-            if self.calibration_split
-            else _count(self.calibration_size, len(data)),
-            "validation": 0 if self.validation_split else _count(self.validation_size, len(data)),
-        }
-        if sum(want.values()) >= len(data):
-            raise ValueError(
-                f"the split '{self.train_split}' of {self.path} has {len(data)} images, too few to "
-                f"hold out {want['validation']} for validation and {want['calibration']} for "
-                "calibration. Make them smaller, or name splits for them."
-            )
-        order = np.random.default_rng(self.seed).permutation(len(data))
-        ends = np.cumsum(list(want.values()))
-        parts = dict(zip((*want, "train"), np.split(order, ends), strict=True))
-        return {name: data.select(np.sort(part)) for name, part in parts.items()}
-
-    @cached_property
-    def _classes(self) -> tuple[int, dict[Any, int] | None]:
-        """Number of classes, and the number of each label that is not an integer already."""
-        data = self._take(self.train_split)
-        self._check_column(data, self.label)
-        feature = data.features[self.label]
-        if isinstance(feature, datasets.ClassLabel):
-            return feature.num_classes, None
-        labels = sorted(set(data[self.label][:]))
-        if all(isinstance(label, str) for label in labels):
-            return len(labels), {label: number for number, label in enumerate(labels)}
-        if not all(isinstance(label, int) for label in labels) or labels[0] < 0:
-            raise ValueError(
-                f"column '{self.label}' of {self.path} is {feature}; expected class labels, "
-                "integers from 0, or strings."
-            )
-        return labels[-1] + 1, None
-
-
-class ImageRows(Dataset[Any]):
-    """Rows of a Hugging Face data set as inputs, with labels where a column is named.
-
-    Args:
-        data: The rows.
-        image: Column of images.
-        transform: From a PIL image to a tensor.
-        label: Column of labels; None gives inputs alone.
-        numbers: Number of each label; None where labels are numbers.
-    """
-
-    def __init__(
-        self,
-        data: datasets.Dataset,
-        image: str,
-        transform: Callable[[Any], Any],
-        label: str | None = None,
-        numbers: dict[Any, int] | None = None,
-    ) -> None:
-        self.data, self.image, self.transform = data, image, transform
-        self.label, self.numbers = label, numbers
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        row = self.data[int(index)]
-        inputs = self.transform(row[self.image])
-        return inputs if self.label is None else (inputs, self._number(row[self.label]))
-
-    def _number(self, label: Any) -> Tensor:
-        if self.numbers is not None and label not in self.numbers:
-            raise ValueError(
-                f"label {label!r} is not among the {len(self.numbers)} labels of the training "
-                f"split: {', '.join(list(self.numbers)[:5])}, …"
-            )
-        return torch.tensor(label if self.numbers is None else self.numbers[label])
-
-
-def _count(size: int | float, total: int) -> int:
-    """A fraction of ``total``, at least one; or a number of images."""
-    return max(1, round(size * total)) if size < 1 else int(size)

@@ -4,9 +4,6 @@
 ``textures``; ``configs/real.yaml`` reads them through ``ImageTask``.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +14,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from jsonargparse import auto_cli
 from PIL import Image
+
+from lightning_merge.data.sources import save_splits
 
 PICTURES = (
     "brick.png",
@@ -120,18 +119,9 @@ def cut(picture: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "blocks
 
 def save(splits: Mapping[str, Split], path: Path) -> None:
     """Write splits as a ``save_to_disk`` folder, in one step; calibration without labels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    shown = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        data = {name: _as_dataset(*split, name != "calibration") for name, split in splits.items()}
-        datasets.DatasetDict(data).save_to_disk(temporary / path.name)
-        os.rename(temporary / path.name, path)  # noqa: PTH104 - fails where the target is not empty
-    finally:
-        shutil.rmtree(temporary)
-        if shown:
-            datasets.enable_progress_bars()
+    save_splits(
+        {name: _as_dataset(*split, name != "calibration") for name, split in splits.items()}, path
+    )
 
 
 def _mixed(images: list[Images], seed: list[int]) -> Split:

@@ -1,6 +1,9 @@
 """Reading Hugging Face data sets from wherever they are."""
 
-from collections.abc import Callable
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +12,12 @@ from datasets import (
     DatasetDict,
     ReadInstruction,
     concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
     load_dataset,
     load_from_disk,
 )
+from datasets.utils.logging import is_progress_bar_enabled
 
 Kind = Literal["auto", "hub", "folder", "parquet", "disk"]
 
@@ -87,6 +93,21 @@ def take(splits: dict[str, Dataset], split: str, path: str) -> Dataset:
     if not sum(map(len, slices)):
         raise ValueError(f"the split '{split}' of {path} is empty. It has {there}.")
     return slices[0] if len(slices) == 1 else concatenate_datasets(slices)
+
+
+def save_splits(splits: Mapping[str, Dataset], path: Path) -> None:
+    """Write splits as a ``save_to_disk`` folder, in one step: all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    shown = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        DatasetDict(splits).save_to_disk(temporary / path.name)
+        os.rename(temporary / path.name, path)  # noqa: PTH104 - fails where the target is not empty
+    finally:
+        shutil.rmtree(temporary)
+        if shown:
+            enable_progress_bars()
 
 
 def _explained(

@@ -22,6 +22,8 @@ class TaskSuite(LightningDataModule):
             selects it by itself.
         batch_size: Inputs a batch.
         num_workers: Loader processes; 0 loads in the main process.
+        transductive: Calibrate on the test inputs themselves, without their labels. Published
+            figures are often measured so; they say nothing about inputs that come later.
 
     Raises:
         ValueError: If there is no task, or ``task`` is none of them.
@@ -33,6 +35,7 @@ class TaskSuite(LightningDataModule):
         task: str | None = None,
         batch_size: int = 128,
         num_workers: int = 0,
+        transductive: bool = False,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -45,6 +48,7 @@ class TaskSuite(LightningDataModule):
             self._find(self.task)
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.transductive = transductive
 
     @property
     def num_classes(self) -> int | None:
@@ -75,7 +79,8 @@ class TaskSuite(LightningDataModule):
 
     def calibration_dataset(self, name: str) -> Dataset[Any]:
         """Unlabeled calibration inputs of one task."""
-        return self._find(name).calibration()
+        task = self._find(name)
+        return _Unlabeled(task.test()) if self.transductive else task.calibration()
 
     def dataloader(self, dataset: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
         """Batches of a dataset, with this suite's batch size and workers."""
@@ -112,9 +117,24 @@ class TaskSuite(LightningDataModule):
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
         """Calibration batches of the selected task: inputs alone."""
-        return self.dataloader(self.selected.calibration())
+        task = self.selected  # which says so where none is selected
+        unlabeled = _Unlabeled(task.test()) if self.transductive else task.calibration()
+        return self.dataloader(unlabeled)
 
     def _find(self, name: str) -> Task:
         if name not in self.tasks:
             raise ValueError(f"unknown task '{name}'; this suite has {', '.join(self.tasks)}.")
         return self.tasks[name]
+
+
+class _Unlabeled(Dataset[Any]):
+    """The inputs of labelled items."""
+
+    def __init__(self, items: Dataset[Any]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        return self._items[index][0]

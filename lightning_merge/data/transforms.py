@@ -60,14 +60,22 @@ class TimmTransform:
         model: Name of the timm model.
         input_size: Channels, height and width in place of the model's own; 1 channel gives grey.
         augment: Whether to augment at random, as for training.
+        crop: Share of the shorter side that the central crop keeps, in place of the model's own;
+            1 is what CLIP was trained with.
 
     Raises:
         ValueError: If timm has no data config of that name.
     """
 
     def __init__(
-        self, model: str, input_size: tuple[int, int, int] | None = None, augment: bool = False
+        self,
+        model: str,
+        input_size: tuple[int, int, int] | None = None,
+        augment: bool = False,
+        crop: float | None = None,
     ) -> None:
+        if crop is not None and not 0 < crop <= 1:
+            raise ValueError(f"crop is a share of the shorter side, in (0, 1], got {crop}.")
         config = get_pretrained_cfg(model)
         if config is None:
             raise ValueError(
@@ -77,6 +85,8 @@ class TimmTransform:
         own: dict[str, Any] = config.to_dict()
         if input_size is not None:
             own |= {"input_size": input_size, "fixed_input_size": False}
+        if crop is not None:
+            own["crop_pct"] = crop
         channels = own["input_size"][0]
         for name in ("mean", "std"):
             if len(own[name]) != channels:  # one grey channel: the mean over the colours

@@ -1,7 +1,7 @@
 """The LightningModule that fine-tunes one expert."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from lightning_merge.modules.base_checkpoint import load_base
+from lightning_merge.modules.fixed_heads import load_fixed_head
 from lightning_merge.modules.networks import create_timm, set_num_classes, timm_head
-from lightning_merge.networks import get_submodule
+from lightning_merge.modules.transformers import transformers_spec
+from lightning_merge.networks import call_network, get_submodule
 
 Batch = Sequence[Tensor]
 
@@ -30,11 +32,14 @@ class ExpertModule(LightningModule):
     """Fine-tunes a backbone and its head on one task.
 
     The network is a timm model by name, or any module: an expert is a network and the path of
-    its head. Logs ``train/loss``, ``val/loss``, ``val/accuracy``, ``test/loss`` and
+    its head. Inputs with names (``input_ids``, ``attention_mask``) are its keyword arguments, and
+    an output with names has the scores as ``logits``, so classifiers of transformers serve as
+    they are. Logs ``train/loss``, ``val/loss``, ``val/accuracy``, ``test/loss`` and
     ``test/accuracy``.
 
     Attributes:
-        network: Backbone and head together; ``forward(x)`` is ``network(x)``.
+        network: Backbone and head together; ``forward(x)`` is ``network(x)``, or
+            ``network(**x)`` where the inputs have names.
         head: Dotted path of the head in ``network``.
 
     Args:
@@ -54,6 +59,8 @@ class ExpertModule(LightningModule):
         metric: Metric of (scores, labels), given the number of classes. None: the fraction of
             correct answers.
         metric_name: Name under which the metric is logged, after val/ and test/.
+        heads: Folder of heads that are not trained, TASK.safetensors, such as the zero-shot
+            heads of CLIP. None: a new head is trained with the backbone.
 
     Raises:
         ValueError: If not exactly one of ``model`` and ``network`` is given, if the head is not
@@ -74,6 +81,7 @@ class ExpertModule(LightningModule):
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         metric: Callable[[int], Metric] | None = None,
         metric_name: str = "accuracy",
+        heads: str | Path | None = None,
     ) -> None:
         super().__init__()
         _check_source(model, network, model_args, pretrained, base_checkpoint, head)
@@ -91,6 +99,7 @@ class ExpertModule(LightningModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._metric = metric or partial(MulticlassAccuracy, average="micro")
         self.metric_name = metric_name
+        self._heads = None if heads is None else Path(heads)
         if base_checkpoint is not None:
             load_base(network, self.head, base_checkpoint)
         if num_classes is not None:
@@ -103,7 +112,8 @@ class ExpertModule(LightningModule):
         Never asks for pre-trained weights. None for a module that was not made from a config.
         """
         if self._model is None:
-            return self._network_spec
+            own = getattr(self.network, "network_spec", None) or transformers_spec(self.network)
+            return own or self._network_spec
         arguments = {"model_name": self._model, "pretrained": False, **self._model_args}
         if self.num_classes is not None:
             arguments["num_classes"] = self.num_classes
@@ -128,6 +138,11 @@ class ExpertModule(LightningModule):
         if known is None and found is not None:
             with _rng_of(getattr(data, "task", None)):
                 self._build_head(int(found))
+        if self._heads is not None:
+            task = getattr(data, "task", None)
+            if not isinstance(task, str):
+                raise ValueError("fixed heads are found by the data module's 'task'; it has none.")
+            load_fixed_head(self.network, self.head, self._heads / f"{task}.safetensors")
 
     def _build_head(self, num_classes: int) -> None:
         if self._model is None:
@@ -141,8 +156,9 @@ class ExpertModule(LightningModule):
 
     @override
     def forward(self, x: Any) -> Any:
-        """Scores of the classes."""
-        return self.network(x)
+        """Scores of the classes: the network's output, or the ``logits`` in it."""
+        output = call_network(self.network, x)
+        return output["logits"] if isinstance(output, Mapping) else output
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

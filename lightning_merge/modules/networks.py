@@ -74,3 +74,6 @@ def set_num_classes(network: nn.Module, head: str, num_classes: int) -> None:
         dtype=old.weight.dtype,
     )
     set_submodule(network, path, new)
+    config: Any = getattr(network, "config", None)
+    if hasattr(network, "config_class") and hasattr(config, "num_labels"):
+        config.num_labels = num_classes  # what transformers saves beside the weights

@@ -53,7 +53,7 @@ class Average(WeightMethod):
         """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
         return self._merge_rows
 
-    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    def _merge_rows(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         return average(experts, self._vector(len(experts))).to(base.dtype)
 
     def average_tensor(self, experts: Tensor) -> Tensor:

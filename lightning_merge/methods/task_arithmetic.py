@@ -26,12 +26,12 @@ class TaskArithmetic(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return self._merge_rows(name, base, list(experts))
+        return self._merge_rows(name, 0, base, list(experts))
 
     def block_merge(self, name: str) -> BlockMerge:
         """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
         return self._merge_rows
 
-    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    def _merge_rows(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         coefficients = torch.full((len(experts),), self.scale, dtype=torch.float64)
         return task_arithmetic(base, experts, coefficients)

@@ -63,7 +63,7 @@ class Average(WeightMethod):
         update = sum_of_products(ups, downs, (weights / weights.sum()).tolist())
         return add_update(base, update.view(base.shape), 1.0)
 
-    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    def _merge_rows(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         return average(experts, self._vector(len(experts))).to(base.dtype)
 
     def average_tensor(self, experts: Tensor) -> Tensor:

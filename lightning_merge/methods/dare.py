@@ -40,7 +40,9 @@ class DARE(WeightMethod):
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
         """Remember the tasks, on which the masks depend."""
-        return self.bound_to(self._drop().for_tasks(experts))
+        if self.rescale in ("l1", "l2"):  # norms of whole parameters
+            return self.bound_to(self._drop().for_tasks(experts))
+        return self.bound_to_blocks(lambda name: self._drop().for_blocks(experts))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter of experts that are called "0", "1", and so on."""

@@ -8,11 +8,12 @@ from typing import final
 from torch import Tensor
 
 from lightning_merge.functional.isotropic import iso_c, iso_c_of_factors, iso_cts
-from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
+from lightning_merge.functional.task_arithmetic import add_update
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_range, check_scale
 from lightning_merge.methods.low_rank import merge_low_rank_matrices
 from lightning_merge.methods.matrices import Convolutions, check_split, is_matrix, merge_matrices
+from lightning_merge.methods.walk import RowMerge
 
 
 @final
@@ -43,14 +44,22 @@ class IsoC(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        update = merge_matrices(
-            task_vectors_of(base, experts),
+        return self._merge_rows(name, base, experts)
+
+    def row_merge(self, name: str) -> RowMerge:
+        """One task vector at a time; see ``WeightMethod.row_merge``."""
+        return self._merge_rows
+
+    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor] | Tensor) -> Tensor:
+        return merge_matrices(
+            base,
+            experts,
             partial(iso_c, rank_tol=self.rank_tol),
             name=name,
+            scale=self.scale,
             convolutions=self.convolutions,
             split=self.split,
         )
-        return add_update(base, update, self.scale)
 
     def merge_low_rank(
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
@@ -105,8 +114,16 @@ class IsoCTS(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        update = merge_matrices(
-            task_vectors_of(base, experts),
+        return self._merge_rows(name, base, experts)
+
+    def row_merge(self, name: str) -> RowMerge:
+        """One task vector at a time; see ``WeightMethod.row_merge``."""
+        return self._merge_rows
+
+    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor] | Tensor) -> Tensor:
+        return merge_matrices(
+            base,
+            experts,
             partial(
                 iso_cts,
                 common_fraction=self.common_fraction,
@@ -114,7 +131,7 @@ class IsoCTS(WeightMethod):
                 rcond=self.rcond,
             ),
             name=name,
+            scale=self.scale,
             convolutions=self.convolutions,
             split=self.split,
         )
-        return add_update(base, update, self.scale)

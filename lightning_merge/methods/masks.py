@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from lightning_merge.functional.dare import Rescale, bernoulli, drop_and_rescale, random_words
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
-from lightning_merge.functional.ties import SumOrTies, combined
+from lightning_merge.functional.ties import BLOCK, SumOrTies, combined
+from lightning_merge.methods.walk import BlockMerge
 
 Keep: TypeAlias = Callable[[Tensor], Tensor | float]
 """Probability that an entry of a task vector is kept: one for each, or one for all."""
@@ -30,6 +32,27 @@ class RandomDrop:
     ) -> Callable[[str, Tensor, Tensor], Tensor]:
         """What merges one parameter of these experts: the masks depend on their names."""
         return partial(self.merge, tuple(tasks))
+
+    def for_blocks(self, tasks: Mapping[str, object]) -> BlockMerge:
+        """The same block by block, where all entries have one probability and no norm is kept."""
+        return partial(self._merge_block, tuple(tasks))
+
+    def _merge_block(
+        self, tasks: Sequence[str], name: str, start: int, base: Tensor, rows: Sequence[Tensor]
+    ) -> Tensor:
+        keep = self.keep(base)
+        assert isinstance(keep, float)
+        drawn = (random_words(self.seed, task, name, len(base), start) for task in tasks)
+        masks = [bernoulli(keep, words).to(base.device) for words in drawn]
+        merged = torch.empty_like(base)
+        for first in range(0, len(base), BLOCK):
+            part = slice(first, first + BLOCK)
+            task_vectors = task_vectors_of(base[part], torch.stack([row[part] for row in rows]))
+            for row, mask in zip(task_vectors, masks, strict=True):
+                row.copy_(drop_and_rescale(row, mask[part], keep, self.rescale))
+            update = combined(task_vectors, self.combine)
+            merged[part] = add_update(base[part], update, self.scale)
+        return merged
 
     def merge(self, tasks: Sequence[str], name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one parameter: experts ``(T, *base.shape)`` of these tasks."""

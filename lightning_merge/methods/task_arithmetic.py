@@ -27,7 +27,7 @@ class TaskArithmetic(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return self._merge_rows(name, base, list(experts))
+        return self._merge_rows(name, 0, base, list(experts))
 
     def block_merge(self, name: str) -> BlockMerge:
         """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
@@ -40,6 +40,6 @@ class TaskArithmetic(WeightMethod):
         update = sum_of_products(ups, downs, [1.0] * len(ups))
         return add_update(base, update.view(base.shape), self.scale)
 
-    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    def _merge_rows(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         coefficients = torch.full((len(experts),), self.scale, dtype=torch.float64)
         return task_arithmetic(base, experts, coefficients)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-import torch
 from torch import Tensor
 
 from lightning_merge.functional.lora import lora_factors, sum_of_products
-from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
+from lightning_merge.functional.task_arithmetic import add_update, summed
 from lightning_merge.functional.tsv import energy_rank, merge_factors, tsv_merge
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_range, check_scale
@@ -23,6 +22,7 @@ from lightning_merge.methods.matrices import (
     parts_of,
     warn_of_small,
 )
+from lightning_merge.methods.walk import RowMerge
 from lightning_merge.states import StateDict, shape_of
 
 
@@ -97,14 +97,22 @@ class TSVMerge(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        update = merge_matrices(
-            task_vectors_of(base, experts),
+        return self._merge_rows(name, base, experts)
+
+    def row_merge(self, name: str) -> RowMerge:
+        """One task vector at a time; see ``WeightMethod.row_merge``."""
+        return self._merge_rows
+
+    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor] | Tensor) -> Tensor:
+        return merge_matrices(
+            base,
+            experts,
             self._merge_matrix,
             name=name,
+            scale=self.scale,
             convolutions=self.convolutions,
             split=self.split,
         )
-        return add_update(base, update, self.scale)
 
     def merge_low_rank(
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
@@ -136,10 +144,10 @@ class TSVMerge(WeightMethod):
             factors.append(whole.truncated(min(rank, kept)))
         return merge_factors(factors, rcond=self.rcond, shrinkage=self.shrinkage)
 
-    def _merge_matrix(self, task_vectors: Tensor) -> Tensor:
-        rank = self.rank_of(min(task_vectors.shape[1:]), len(task_vectors))
+    def _merge_matrix(self, task_vectors: Sequence[Tensor]) -> Tensor:
+        rank = self.rank_of(min(task_vectors[0].shape), len(task_vectors))
         if rank == 0:
-            return task_vectors.mean(dim=0, dtype=torch.float64)
+            return summed(task_vectors) / len(task_vectors)
         return tsv_merge(
             task_vectors,
             rank,

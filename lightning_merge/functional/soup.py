@@ -23,8 +23,8 @@ def greedy_members(
         best candidate.
 
     Example:
-        >>> greedy_members({"a": 0.5, "b": 0.7}, lambda members, one: 0.8)[0]
-        ['b', 'a']
+        >>> " ".join(greedy_members({"a": 0.5, "b": 0.7}, lambda members, one: 0.8)[0])
+        'b a'
     """
     first, *others = sorted(scores, key=lambda name: -scores[name])
     members, best = [first], scores[first]

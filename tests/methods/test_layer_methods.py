@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_merge import ExpertPool, MergedModel, merge_experts
-from lightning_merge.calibrating import reestimate_batch_norm
+from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.cli import main
 from lightning_merge.layers.sites import find_sites
 from lightning_merge.layers.tracing import trace

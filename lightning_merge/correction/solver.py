@@ -52,9 +52,7 @@ class MixtureSolver:
     def _chebyshev(self, preference: Tensor, linear: Tensor) -> Tensor:
         active = preference.nonzero().flatten().tolist()
         names = [self.tasks[i] for i in active]
-        if len(names) == 1 or (
-            self.fitted.heads is not None and self._solver(names).all_independent
-        ):
+        if self.fitted.heads is not None and self._solver(names).all_independent:
             return linear  # every task has its own optimum: all losses are zero
         fits = self._fits(names)
         if any(fit.ridge == float("inf") for fit in fits):

@@ -1,18 +1,20 @@
 """Features of a merge, so that any number of corrections is measured without another pass."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.suites import Experts
 from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.correction import ClosedFormCorrection, CorrectionOptions, CorrectionStatistics
-from lightning_merge.methods import MergeMethod, WeightMethod
-from lightning_merge.networks import load_backbone, representation
+from lightning_merge.methods import CalibratedMethod, Calibration, MergeMethod, WeightMethod
+from lightning_merge.networks import build_head, load_backbone, representation, set_submodule
 from lightning_merge.runtime import Runtime
+from lightning_merge.states import StateDict
 
 Features = dict[str, Tensor]
 BATCH = 250
@@ -66,21 +68,57 @@ class Merge:
 
         Args:
             correction: None for the merge as it is.
-            preference: One for all tasks, or ``"one-hot"``: each task under its own.
+            preference: One for all tasks, or each task under its own: ``"one-hot"``, or
+                ``"priority"``, half of the weight.
         """
         return {task: self._score(task, correction, preference) for task in self.test}
+
+    def _wanted(self, task: str) -> dict[str, float]:
+        rest = 0.5 / max(1, len(self.test) - 1)
+        return {other: 0.5 if other == task else rest for other in self.test}
 
     def _score(
         self, task: str, correction: ClosedFormCorrection | None, preference: object
     ) -> float:
         weight, bias = self.references.heads[task]
         if correction is not None:
-            wanted: object = {task: 1.0} if preference == "one-hot" else preference
+            wanted = self._wanted(task) if preference == "priority" else preference
+            wanted = {task: 1.0} if preference == "one-hot" else wanted
             weight, bias = correction.fold(wanted, task, weight, bias)  # type: ignore[arg-type]
         labels = self.experts.tasks[task].test[1]
         logits = self.test[task].double() @ weight.double().T + bias.double()
         accuracy = float((logits.argmax(1) == labels).double().mean())
         return accuracy / self.references.accuracy[task]
+
+
+def calibration_of(experts: Experts, tasks: Sequence[str], limit: int | None = None) -> Calibration:
+    """What methods that look at data may ask for; see ``Calibration``."""
+    pool = experts.pool
+
+    def network(task: str) -> nn.Module:
+        filled = copy.deepcopy(experts.template)
+        load_backbone(filled, pool.expert(task), pool.head)
+        old = filled.get_submodule(pool.head)
+        set_submodule(filled, pool.head, build_head(old, pool.head_state(task)))
+        return filled.eval()
+
+    inputs = {t: CalibrationInputs.collect(experts.tasks[t].calibration, limit) for t in tasks}
+    return Calibration(network=network, head=pool.head, inputs=inputs, batch_size=BATCH)
+
+
+def backbone(
+    experts: Experts,
+    method: MergeMethod,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> dict[str, Tensor]:
+    """The merged backbone of any method."""
+    names = list(tasks or experts.tasks)
+    states = {task: experts.pool.expert(task) for task in names}
+    if isinstance(method, WeightMethod):
+        return method.merge(experts.pool.base, states)
+    assert isinstance(method, CalibratedMethod)
+    return method.merge(experts.pool.base, states, calibration_of(experts, names, limit))
 
 
 def references(experts: Experts, limit: int | None = None) -> References:
@@ -103,20 +141,21 @@ def merge(
     *,
     limit: int | None = None,
     tasks: Sequence[str] | None = None,
+    state: StateDict | None = None,
 ) -> Merge:
     """Merge with re-estimated batch norms, as ``merge_experts`` does, and pass all inputs.
 
     Args:
         experts: The experts.
-        method: Any method that needs weights alone.
+        method: Any method.
         known: Their references.
         limit: Calibration samples of each task; all by default.
         tasks: Merge these only.
+        state: The merged backbone, where it is there already.
     """
-    assert isinstance(method, WeightMethod)
     pool, network = experts.pool, experts.template
     data = {task: experts.tasks[task] for task in tasks or experts.tasks}
-    merged = method.merge(pool.base, {task: pool.expert(task) for task in data})
+    merged = backbone(experts, method, list(data), limit) if state is None else state
     load_backbone(network, merged, pool.head)
     inputs = {t: CalibrationInputs.collect(d.calibration, limit) for t, d in data.items()}
     reestimate_batch_norm(network, pool.head, inputs, Runtime(), batch_size=BATCH)

@@ -271,10 +271,12 @@ def describe(method: MergeMethod) -> dict[str, Any]:
     """A method as plain data: ``{"class_path", "init_args"}``."""
     kind = type(method)
     arguments = asdict(method)
-    for field in fields(method):  # a method may start from another one
+    for field in fields(method):  # a method may start from others
         value = getattr(method, field.name)
         if isinstance(value, MergeMethod):
             arguments[field.name] = describe(value)
+        elif isinstance(value, tuple) and any(isinstance(item, MergeMethod) for item in value):
+            arguments[field.name] = [describe(item) for item in value]
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 

@@ -1,19 +1,20 @@
 """Features of a merge, so that any number of corrections is measured without another pass."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.suites import Experts
 from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.correction import ClosedFormCorrection, CorrectionOptions, CorrectionStatistics
-from lightning_merge.merging import merge_experts
-from lightning_merge.methods import MergeMethod, WeightMethod
-from lightning_merge.networks import load_backbone, representation, split_state
+from lightning_merge.methods import CalibratedMethod, Calibration, MergeMethod, WeightMethod
+from lightning_merge.networks import build_head, load_backbone, representation, set_submodule
 from lightning_merge.runtime import Runtime
+from lightning_merge.states import StateDict
 
 Features = dict[str, Tensor]
 BATCH = 250
@@ -67,9 +68,14 @@ class Merge:
 
         Args:
             correction: None for the merge as it is.
-            preference: One for all tasks, or ``"one-hot"``: each task under its own.
+            preference: One for all tasks, or each task under its own: ``"one-hot"``, or
+                ``"priority"``, half of the weight.
         """
         return {task: self.score(task, correction, preference) for task in self.test}
+
+    def _wanted(self, task: str) -> dict[str, float]:
+        rest = 0.5 / max(1, len(self.test) - 1)
+        return {other: 0.5 if other == task else rest for other in self.test}
 
     def score(
         self, task: str, correction: ClosedFormCorrection | None, preference: object
@@ -77,12 +83,43 @@ class Merge:
         """Accuracy of one task; arguments as in :meth:`scores`."""
         weight, bias = self.references.heads[task]
         if correction is not None:
-            wanted: object = {task: 1.0} if preference == "one-hot" else preference
+            wanted = self._wanted(task) if preference == "priority" else preference
+            wanted = {task: 1.0} if preference == "one-hot" else wanted
             weight, bias = correction.fold(wanted, task, weight, bias)  # type: ignore[arg-type]
         labels = self.experts.tasks[task].test[1]
         logits = self.test[task].double() @ weight.double().T + bias.double()
         accuracy = float((logits.argmax(1) == labels).double().mean())
         return accuracy / self.references.accuracy[task]
+
+
+def calibration_of(experts: Experts, tasks: Sequence[str], limit: int | None = None) -> Calibration:
+    """What methods that look at data may ask for; see ``Calibration``."""
+    pool = experts.pool
+
+    def network(task: str) -> nn.Module:
+        filled = copy.deepcopy(experts.template)
+        load_backbone(filled, pool.expert(task), pool.head)
+        old = filled.get_submodule(pool.head)
+        set_submodule(filled, pool.head, build_head(old, pool.head_state(task)))
+        return filled.eval()
+
+    inputs = {t: CalibrationInputs.collect(experts.tasks[t].calibration, limit) for t in tasks}
+    return Calibration(network=network, head=pool.head, inputs=inputs, batch_size=BATCH)
+
+
+def backbone(
+    experts: Experts,
+    method: MergeMethod,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> dict[str, Tensor]:
+    """The merged backbone of any method."""
+    names = list(tasks or experts.tasks)
+    states = {task: experts.pool.expert(task) for task in names}
+    if isinstance(method, WeightMethod):
+        return method.merge(experts.pool.base, states)
+    assert isinstance(method, CalibratedMethod)
+    return method.merge(experts.pool.base, states, calibration_of(experts, names, limit))
 
 
 def references(experts: Experts, limit: int | None = None) -> References:
@@ -105,6 +142,7 @@ def merge(
     *,
     limit: int | None = None,
     tasks: Sequence[str] | None = None,
+    state: StateDict | None = None,
 ) -> Merge:
     """Merge with re-estimated batch norms, as ``merge_experts`` does, and pass all inputs.
 
@@ -114,41 +152,18 @@ def merge(
         known: Their references.
         limit: Calibration samples of each task; all by default.
         tasks: Merge these only.
+        state: The merged backbone, where it is there already.
     """
     pool, network = experts.pool, experts.template
     data = {task: experts.tasks[task] for task in tasks or experts.tasks}
-    load_backbone(network, merged_state(experts, method, limit=limit, tasks=tasks), pool.head)
+    merged = backbone(experts, method, list(data), limit) if state is None else state
+    load_backbone(network, merged, pool.head)
     inputs = {t: CalibrationInputs.collect(d.calibration, limit) for t, d in data.items()}
     reestimate_batch_norm(network, pool.head, inputs, Runtime(), batch_size=BATCH)
     calibration = {t: extract(experts, d.calibration[:limit]) for t, d in data.items()}
     return Merge(
         experts, known, calibration, {t: extract(experts, d.test[0]) for t, d in data.items()}
     )
-
-
-def merged_state(
-    experts: Experts,
-    method: MergeMethod,
-    *,
-    limit: int | None = None,
-    tasks: Sequence[str] | None = None,
-) -> dict[str, Tensor]:
-    """The merged backbone; a method that needs data gets the first calibration samples."""
-    pool, names = experts.pool, list(tasks or experts.tasks)
-    if isinstance(method, WeightMethod):
-        return method.merge(pool.base, {task: pool.expert(task) for task in names})
-    inputs = {task: experts.tasks[task].calibration[:limit] for task in names}
-    model = merge_experts(
-        pool,
-        method,
-        inputs,
-        module=experts.template,
-        tasks=names,
-        correction=None,
-        batch_norm="average",
-        report="off",
-    )
-    return split_state(model.network, pool.head)[0]
 
 
 def extract(experts: Experts, inputs: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.features import Merge, References, merge, merged_state, references
+from benchmarks.features import Merge, References, backbone, merge, references
 from benchmarks.results import mean_and_spread, table, write
 from benchmarks.suites import SUITES, Experts, build
 from lightning_merge.correction import CorrectionOptions
@@ -77,7 +77,7 @@ ROWS = (
     Row("Average of two", Average, "slerp", tasks=2),
     Row("Slerp of two", Slerp, "slerp", tasks=2),
 )
-"""Methods with their defaults. One that needs data is a further row: ``merged_state`` knows."""
+"""Methods with their defaults. One that needs data is a further row: ``backbone`` knows."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def measure(row: Row, experts: Experts, known: References) -> Numbers:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before, start = _reset_peak(), time.perf_counter()
-        merged_state(experts, row.make(), limit=LIMIT, tasks=tasks)
+        backbone(experts, row.make(), tasks, LIMIT)
         seconds, peak = time.perf_counter() - start, _memory("VmHWM")
         merged = merge(experts, row.make(), known, limit=LIMIT, tasks=tasks)
         corrected = {name: _scores(merged, options) for name, options in CORRECTIONS.items()}

@@ -1,13 +1,18 @@
 """Results as Markdown: what was run, where, and the tables."""
 
+import gc
 import importlib.metadata
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 RESULTS = Path("docs/results")
 
@@ -61,6 +66,27 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def spent(function: Callable[[], Result]) -> tuple[Result, float, float]:
+    """Call a function: its result, CPU seconds of this process, and growth of memory in MiB.
+
+    The growth is that of the peak over what is in use before; on Linux alone, NaN elsewhere.
+    """
+    gc.collect()
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")  # the peak so far becomes what is in use now
+    before = _memory("VmRSS")
+    start = time.process_time()
+    result = function()
+    seconds = time.process_time() - start
+    return result, seconds, _memory("VmHWM") - before
+
+
+def _memory(kind: str) -> float:
+    found = [line.split()[1] for line in _lines(Path("/proc/self/status")) if kind in line]
+    return float(found[0]) / 1024 if found else float("nan")
 
 
 def _lines(path: Path) -> list[str]:

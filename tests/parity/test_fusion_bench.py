@@ -3,8 +3,19 @@
 import pytest
 import torch
 
-from lightning_merge.methods import TIES, Average, IsoC, IsoCTS, TaskArithmetic, TSVMerge
+from lightning_merge.methods import (
+    TIES,
+    AdaMerging,
+    Average,
+    IsoC,
+    IsoCTS,
+    TaskArithmetic,
+    TSVMerge,
+)
+from lightning_merge.methods.adaptation.learner import Learner
 from lightning_merge.methods.rules import Coefficient
+from lightning_merge.networks import load_backbone
+from tests.methods.calibrated import setting
 from tests.methods.models import models
 
 pytestmark = pytest.mark.parity
@@ -81,3 +92,35 @@ def test_iso_c_and_iso_cts(peer):
     theirs = iso_cts(task_vectors(base, experts), 0.6, accelerator="cpu")
     ours = IsoCTS(scale=1.5, common_fraction=0.6)
     assert_update(ours.merge(base, experts), base, theirs, 1.5, 1e-5)
+
+
+def test_the_gradient_of_an_adamerging_step(peer):
+    from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel
+
+    base, experts, calibration = setting("vit", samples=6)
+    method = AdaMerging(batch_size=6, max_images_per_forward=7)
+    weights, shared, _ = method._prepare(base, experts, calibration)
+    groups = tuple(weights.group_of)
+    learner = Learner(method, calibration, shared, weights, groups, "")
+    generator = torch.Generator().manual_seed(0)
+    point = 0.3 + 0.1 * torch.randn(len(groups), 3, generator=generator, dtype=torch.float64)
+    weights.write(point)
+    ours = learner.sums(0).gradient
+
+    networks = {task: calibration.network(task) for task in experts}
+    heads = {task: network.head for task, network in networks.items()}
+    origin = calibration.network("task0")
+    load_backbone(origin, base, "head")
+    for network in (origin, *networks.values()):
+        network.head = torch.nn.Identity()
+    order = [groups.index(name) for name, _ in origin.named_parameters()]
+    start = point[order].T.float().contiguous()
+    module = LayerWiseMergedModel(start, origin, list(networks.values()), clamp_weights=False)
+    module.merge_weights()
+    for task in experts:
+        logits = heads[task](module(calibration.inputs[task][slice(None)]))
+        scores = logits.log_softmax(1)
+        (-(scores.exp() * scores).sum(1).mean()).backward(retain_graph=True)
+    theirs = module.merge_weight.grad.T.double()
+    error = (ours[order] - theirs).norm() / theirs.norm()
+    assert float(error) < 1e-5

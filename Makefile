@@ -5,10 +5,10 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.stamp
 
-.PHONY: help test lint types layers unit notebooks demo clean
+.PHONY: help test lint types layers docs unit notebooks demo clean
 help:
 	@echo "make demo [SUITE=glyphs|real|text]   fine-tune, merge, correct, sweep, report"
-	@echo "make test                            lint, types, import layers, tests, notebooks"
+	@echo "make test                            lint, types, import layers, docs, tests, notebooks"
 
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 # --- tests -------------------------------------------------------------------
-test: lint types layers unit notebooks
+test: lint types layers docs unit notebooks
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -29,6 +29,9 @@ types: $(STAMP)
 
 layers: $(STAMP)
 	$(VENV)/bin/lint-imports
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # Two processes with one thread each: the tests are many and small.
 unit: $(STAMP)

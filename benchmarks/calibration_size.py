@@ -19,8 +19,8 @@ from lightning_merge.methods import Average
 
 RECIPES = {
     "paper": CorrectionOptions.paper(),
+    "representation": CorrectionOptions(metric="representation"),
     "default": CorrectionOptions(),
-    "head": CorrectionOptions(metric="head"),
 }
 SIZES = ("1 a class", "2 a class", "5 a class", "10 %", "100 %")
 Gains = dict[tuple[str, str, str], list[float]]
@@ -79,8 +79,8 @@ def main(
         "on ever more calibration samples; mean ± standard deviation over the seeds. Bold: below "
         "the uncorrected merge by more than the deviation of the difference and 0.005. An "
         "exclamation mark for every seed at which the library warns of harm, or that it cannot "
-        "tell. `paper` is the published recipe, `default` chooses ridge and prior by "
-        "cross-validation, `head` does so in the metric of the heads."
+        "tell. `paper` is the published recipe, `representation` chooses ridge and prior by "
+        "cross-validation, `default` does so in the metric of the heads."
     ]
     for suite in suites:
         plain: list[float] = []

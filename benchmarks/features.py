@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.suites import Experts
-from lightning_merge.calibrating import reestimate_batch_norm
+from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.correction import ClosedFormCorrection, CorrectionOptions, CorrectionStatistics
+from lightning_merge.merging import merge_experts
 from lightning_merge.methods import MergeMethod, WeightMethod
-from lightning_merge.networks import load_backbone, representation
+from lightning_merge.networks import load_backbone, representation, split_state
 from lightning_merge.runtime import Runtime
 
 Features = dict[str, Tensor]
@@ -68,11 +69,12 @@ class Merge:
             correction: None for the merge as it is.
             preference: One for all tasks, or ``"one-hot"``: each task under its own.
         """
-        return {task: self._score(task, correction, preference) for task in self.test}
+        return {task: self.score(task, correction, preference) for task in self.test}
 
-    def _score(
+    def score(
         self, task: str, correction: ClosedFormCorrection | None, preference: object
     ) -> float:
+        """Accuracy of one task; arguments as in :meth:`scores`."""
         weight, bias = self.references.heads[task]
         if correction is not None:
             wanted: object = {task: 1.0} if preference == "one-hot" else preference
@@ -108,22 +110,45 @@ def merge(
 
     Args:
         experts: The experts.
-        method: Any method that needs weights alone.
+        method: Any method.
         known: Their references.
         limit: Calibration samples of each task; all by default.
         tasks: Merge these only.
     """
-    assert isinstance(method, WeightMethod)
     pool, network = experts.pool, experts.template
     data = {task: experts.tasks[task] for task in tasks or experts.tasks}
-    merged = method.merge(pool.base, {task: pool.expert(task) for task in data})
-    load_backbone(network, merged, pool.head)
+    load_backbone(network, merged_state(experts, method, limit=limit, tasks=tasks), pool.head)
     inputs = {t: CalibrationInputs.collect(d.calibration, limit) for t, d in data.items()}
     reestimate_batch_norm(network, pool.head, inputs, Runtime(), batch_size=BATCH)
     calibration = {t: extract(experts, d.calibration[:limit]) for t, d in data.items()}
     return Merge(
         experts, known, calibration, {t: extract(experts, d.test[0]) for t, d in data.items()}
     )
+
+
+def merged_state(
+    experts: Experts,
+    method: MergeMethod,
+    *,
+    limit: int | None = None,
+    tasks: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """The merged backbone; a method that needs data gets the first calibration samples."""
+    pool, names = experts.pool, list(tasks or experts.tasks)
+    if isinstance(method, WeightMethod):
+        return method.merge(pool.base, {task: pool.expert(task) for task in names})
+    inputs = {task: experts.tasks[task].calibration[:limit] for task in names}
+    model = merge_experts(
+        pool,
+        method,
+        inputs,
+        module=experts.template,
+        tasks=names,
+        correction=None,
+        batch_norm="average",
+        report="off",
+    )
+    return split_state(model.network, pool.head)[0]
 
 
 def extract(experts: Experts, inputs: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ LIMIT = 500
 
 CORRECTIONS = (
     CorrectionOptions(),
-    CorrectionOptions(metric="head"),
+    CorrectionOptions(metric="representation"),
+    CorrectionOptions(metric="representation", prior="procrustes", beta=1e-2),
+    CorrectionOptions(metric="representation", prior="procrustes", beta=1e-6),
     CorrectionOptions(prior="procrustes", beta=1e-2),
-    CorrectionOptions(prior="procrustes", beta=1e-6),
-    CorrectionOptions(metric="head", prior="procrustes", beta=1e-2),
 )
 
 

@@ -17,13 +17,21 @@ from lightning_merge.methods import Average
 RECIPES = {
     "paper (raw sums)": CorrectionOptions.paper(),
     "paper, per sample": CorrectionOptions(
-        beta=0.1, beta_mode="absolute", prior="svd", task_scale="per_sample"
+        beta=0.1,
+        beta_mode="absolute",
+        prior="svd",
+        task_scale="per_sample",
+        metric="representation",
     ),
     "paper, per energy": CorrectionOptions(
-        beta=0.1, beta_mode="absolute", prior="svd", task_scale="per_energy"
+        beta=0.1,
+        beta_mode="absolute",
+        prior="svd",
+        task_scale="per_energy",
+        metric="representation",
     ),
+    "representation": CorrectionOptions(metric="representation"),
     "default": CorrectionOptions(),
-    "head": CorrectionOptions(metric="head"),
 }
 
 

@@ -45,6 +45,11 @@ class CalibrationInputs:
             values = {name: tensor[rows] for name, tensor in self._tensors.items()}
         return values[SINGLE] if set(values) == {SINGLE} else values
 
+    def take(self, rows: Tensor) -> Any:
+        """Inputs of some samples, by index and in that order, in the form of ``inputs[slice]``."""
+        values = {name: tensor[rows] for name, tensor in self._tensors.items()}
+        return values[SINGLE] if set(values) == {SINGLE} else values
+
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Slices of ``batch_size`` samples that cover all of them; the last may be shorter."""
         for start in range(0, self._size, batch_size):

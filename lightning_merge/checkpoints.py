@@ -1,5 +1,6 @@
 """Reading foreign checkpoints: tensors only, nothing is ever unpickled into a live object."""
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,12 +35,14 @@ class StandIn:
 
 
 def read_checkpoint(path: str | Path, *, stand_ins: bool = False) -> StateDict:
-    """Read the weights of a ``.safetensors``, ``.ckpt``, ``.pt`` or ``.pth`` file.
+    """Read the weights of a ``.safetensors``, ``.ckpt``, ``.pt`` or ``.pth`` file, or of a folder.
 
-    A Lightning checkpoint gives its ``state_dict``; wrapper parts of names are dropped.
+    A Lightning checkpoint gives its ``state_dict``; wrapper parts of names are dropped. A folder
+    is one of Hugging Face's or timm's: ``model.safetensors``, its shards by their index, or else
+    ``pytorch_model.bin``.
 
     Args:
-        path: The file.
+        path: The file or folder.
         stand_ins: Replace objects that ``weights_only=True`` refuses by inert stand-ins, and read
             the tensors. Safe, as nothing of the file is run, but what the objects held is lost.
 
@@ -47,6 +50,8 @@ def read_checkpoint(path: str | Path, *, stand_ins: bool = False) -> StateDict:
         ValueError: If the file is missing or damaged, needs unpickling, or holds no weights.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, stand_ins=stand_ins)
     if path.suffix == ".safetensors":
         return LazyStateDict(path)
     if not path.is_file():
@@ -97,6 +102,41 @@ def under_prefix(state: StateDict, names: list[str], source: str) -> tuple[str, 
             "Give a checkpoint of the same architecture, fine-tuned from this base."
         )
     return best, {name[len(best) :]: state[name] for name in state if name.startswith(best)}
+
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+def _read_folder(folder: Path, *, stand_ins: bool) -> StateDict:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return read_checkpoint(folder / name, stand_ins=stand_ins)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            parts = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            # Only names of files beside the index: it must not lead elsewhere.
+            shards = [
+                read_checkpoint(folder / Path(part).name, stand_ins=stand_ins) for part in parts
+            ]
+            return {key: shard[key] for shard in shards for key in shard}
+    found = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"{folder} holds none of {', '.join(WEIGHT_FILES)} (nor their shards), only {found}. Give "
+        "a folder of save_pretrained or timm's save_for_hf, or the checkpoint file itself."
+    )
+
+
+def timm_model(folder: str | Path) -> dict[str, Any] | None:
+    """How to build the network of a timm folder, ``{class_path, init_args}``; else ``None``."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+        name = config["architecture"]
+    except (OSError, ValueError, KeyError):
+        return None
+    arguments = {"model_name": name, "pretrained": False, **config.get("model_args", {})}
+    if "num_classes" in config:
+        arguments["num_classes"] = config["num_classes"]
+    return {"class_path": "timm.create_model", "init_args": arguments}
 
 
 def _refused(path: Path) -> list[str]:

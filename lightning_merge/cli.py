@@ -1,4 +1,4 @@
-"""The command line: Lightning's own, with ``merge``, ``sweep`` and ``export`` beside ``fit``."""
+"""The command line: Lightning's own, with ``merge``, ``sweep``, ``diagnose`` and ``export``."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ import lightning_merge.modules  # noqa: F401
 from lightning_merge.strategies import FirstProcessError
 from lightning_merge.trainer import MergeTrainer
 
-OWN = ("merge", "sweep", "export")
+OWN = ("merge", "sweep", "diagnose", "export", "import")
 ABOUT = "Fine-tune experts, merge them, and steer the merged model with a preference."
 COMMANDS = ("fit", "validate", "test", "predict", *OWN)
 
@@ -129,7 +129,10 @@ class MergeCLI(LightningCLI):
             parser = self.init_parser(**kwargs)
             # First, so that help and printed configs begin with what the stage is about.
             self._subcommand_method_arguments[subcommand] = parser.add_method_arguments(
-                klass, subcommand, skip=set(self.subcommands()[subcommand]), sub_configs=True
+                klass,
+                subcommand,
+                skip=set(self.subcommands()[subcommand]),
+                sub_configs=True,
             )
             self._add_arguments(parser)
             parser.usage = f"lightning-merge {subcommand} [-c CONFIG] [options]"
@@ -150,8 +153,10 @@ class MergeCLI(LightningCLI):
         if self.subcommand not in OWN:
             return
         config = self.config[self.subcommand]
-        if self.subcommand != "sweep":
+        if self.subcommand not in ("sweep", "import"):
             config["data"] = None
+        if config.get("via") == "test_step":
+            return  # its test_step is what counts
         if config.get("model") is not None and _knows_its_network(config):
             config["model"] = None
 
@@ -166,8 +171,31 @@ def _knows_its_network(config: Any) -> bool:
     return True
 
 
+def with_flags(words: list[str]) -> list[str]:
+    """Spell ``--dry-run``, alone or with a value, as the option that it is.
+
+    Example:
+        >>> with_flags(["merge", "--dry-run", "--pool=p"]), with_flags(["--dry_run", "false"])
+        (['merge', '--dry_run=true', '--pool=p'], ['--dry_run=false'])
+    """
+    spelled: list[str] = []
+    for word in words:
+        if spelled and spelled[-1] == "--dry_run=true" and word.lower() in ("true", "false"):
+            spelled[-1] = f"--dry_run={word}"
+        elif word in ("--dry-run", "--dry_run"):
+            spelled.append("--dry_run=true")
+        else:
+            spelled.append(word.replace("--dry-run=", "--dry_run=", 1))
+    return spelled
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line; a mistake in a stage of merging ends in one line, not a traceback."""
+    if isinstance(args, list):
+        args = with_flags(args)
+    elif args is None:
+        # in place: Lightning warns of words that are not those of the process
+        sys.argv[1:] = with_flags(sys.argv[1:])
     with suppress(TypeError):  # an older jsonargparse shows fields without their docstrings
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:

@@ -6,10 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_merge.merged import MergedModel
-from lightning_merge.networks import call_network, first_linear, plain_copy, set_submodule
+from lightning_merge.networks import (
+    call_network,
+    first_linear,
+    logits_of,
+    plain_copy,
+    set_submodule,
+)
 from lightning_merge.runtime import Runtime
+from lightning_merge.scoring import MetricTally
 
 Loader = Iterable[tuple[Any, Tensor]]
 """Batches of inputs and integer labels; every process iterates its own share."""
@@ -24,7 +32,10 @@ CHECKED = 8
 
 @dataclass(frozen=True)
 class Scores:
-    """Counts of correct answers: of P preferences, and of the uncorrected head, on one task."""
+    """Counts of correct answers: of P preferences, and of the uncorrected head, on one task.
+
+    Where the task has a metric of its own, its values stand beside counts of zero.
+    """
 
     correct: Tensor
     """``(P,)`` int64."""
@@ -34,6 +45,20 @@ class Scores:
     """Representation ``(n, d)`` of some of the samples, on the first process."""
     labels: Tensor
     """Their labels ``(n,)``."""
+    measured: Tensor | None = None
+    """``(P + 1,)`` float64: the task's own metric, of the uncorrected head last."""
+
+    @property
+    def values(self) -> Tensor:
+        """``(P,)`` float64: the task's metric, by default the accuracy."""
+        return self.accuracy if self.measured is None else self.measured[:-1]
+
+    @property
+    def uncorrected_value(self) -> float:
+        """The same of the uncorrected head."""
+        if self.measured is None:
+            return self.uncorrected / self.samples
+        return float(self.measured[-1])
 
     @property
     def accuracy(self) -> Tensor:
@@ -54,11 +79,32 @@ def evaluate(
     with torch.inference_mode():
         for inputs, labels in _shown(batches, runtime, description):
             with runtime.precision():
-                logits = logits_of(call_network(network, inputs))
+                logits = class_scores(call_network(network, inputs))
             counts[0] += count_correct(logits.unsqueeze(0), labels)[0]
             counts[1] += len(labels)
     correct, samples = runtime.reduce(counts).tolist()
     return correct, _not_empty(samples, description)
+
+
+def measure(
+    network: nn.Module, batches: Loader, runtime: Runtime, description: str, metric: Metric
+) -> float:
+    """A network's metric on one test set, over the samples of all processes.
+
+    Raises:
+        ValueError: If the test set is empty, or the metric has several values.
+    """
+    tally = MetricTally(metric, 1, runtime)
+    samples = torch.zeros((), dtype=torch.int64, device=runtime.device)
+    network.eval().to(runtime.device)
+    with torch.inference_mode():
+        for inputs, targets in _shown(batches, runtime, description):
+            with runtime.precision():
+                outputs = outputs_of(call_network(network, inputs))
+            tally.update(outputs.unsqueeze(0), targets)
+            samples += len(targets)
+    _not_empty(int(runtime.reduce(samples)), description)
+    return float(tally.compute())
 
 
 def sweep_task(
@@ -69,6 +115,7 @@ def sweep_task(
     runtime: Runtime,
     *,
     folded: tuple[Tensor, Tensor] | None = None,
+    metric: Metric | None = None,
     max_logits: int = MAX_LOGITS,
     keep: int = 0,
 ) -> Scores:
@@ -86,6 +133,7 @@ def sweep_task(
         batches: The task's test set; each process its share.
         runtime: This process's place among others.
         folded: The task's folded heads, ``(P, K, d)`` and ``(P, K)``, where they are known.
+        metric: What is measured, of (outputs, targets); by default the accuracy.
         max_logits: Numbers held at a time.
         keep: Return the representation of about this many samples, spread over the test set.
 
@@ -102,24 +150,30 @@ def sweep_task(
     size = len(preferences) + 1  # the last one is the uncorrected head
     counts = torch.zeros(size + 1, dtype=torch.int64, device=runtime.device)
     rows = max(1, max_logits // (size * stacked.width))
+    tally = None if metric is None else MetricTally(metric, size, runtime)
+    scores_of = class_scores if tally is None else outputs_of
     checked = False
     kept = _EvenSample(keep)
     with torch.inference_mode():
         for inputs, labels in _shown(batches, runtime, f"Sweeping {task}"):
             for part, truth in _parts(inputs, labels, rows):
                 with runtime.precision():
-                    logits = logits_of(call_network(network, part))
+                    logits = scores_of(call_network(network, part))
                 logits = logits.unflatten(0, (size, -1))
                 if not checked:
                     few, _ = next(_parts(part, truth, CHECKED))
                     _check_unmixed(model, original, few, logits[-1], runtime)
                     checked = True
-                counts[:-1] += count_correct(logits, truth)
+                if tally is None:
+                    counts[:-1] += count_correct(logits, truth)
+                else:
+                    tally.update(logits, truth)
                 counts[-1] += len(truth)
                 kept.add(stacked.linear.seen, truth)
     counts = runtime.reduce(counts).cpu()
     samples = _not_empty(int(counts[-1]), task)
-    return Scores(counts[:-2], int(counts[-2]), samples, *kept.tensors())
+    measured = None if tally is None else tally.compute()
+    return Scores(counts[:-2], int(counts[-2]), samples, *kept.tensors(), measured)
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -135,18 +189,36 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(-1) == labels).sum(1)
 
 
-def logits_of(output: Any) -> Tensor:
-    """Class scores ``(n, K)`` of a network's output: a tensor, or the ``logits`` of a mapping.
+def class_scores(output: Any) -> Tensor:
+    """Class scores ``(n, K)`` of a network's output, for accuracy.
+
+    Raises:
+        ValueError: If there are none; the message says how other outputs are scored.
+    """
+    try:
+        return logits_of(output)
+    except ValueError as error:
+        raise ValueError(
+            f"accuracy: {error} For one binary logit, several labels or a regression declare the "
+            "task's metric: metrics: {task: {class_path: torchmetrics.classification.BinaryAUROC}},"
+            " or test_metric(task) of the datamodule; or sweep through the project's own test_step "
+            "with --via test_step."
+        ) from error
+
+
+def outputs_of(output: Any) -> Tensor:
+    """Outputs ``(n, ...)`` of a network: a tensor, or the ``logits`` of a mapping.
 
     Raises:
         ValueError: If there are none.
     """
     found = output.get("logits") if isinstance(output, Mapping) else output
-    if isinstance(found, Tensor) and found.ndim == 2:
+    if isinstance(found, Tensor) and found.ndim >= 1:
         return found
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
     raise ValueError(
-        f"accuracy needs class scores of shape (n, classes) from the network, found {shape}."
+        "a metric needs the network's outputs as one tensor or as the 'logits' of a mapping, "
+        f"found {type(output).__name__}. Sweep through the project's own test_step instead: "
+        "--via test_step."
     )
 
 
@@ -216,7 +288,7 @@ def _check_unmixed(
     network = plain_copy(model.network)
     set_submodule(network, model.head, head)
     with runtime.precision():
-        expected = logits_of(call_network(network.eval().to(runtime.device), inputs))
+        expected = outputs_of(call_network(network.eval().to(runtime.device), inputs))
     error = (found[: len(expected)].float() - expected.float()).abs().max()
     if not error <= 1e-3 * expected.float().abs().max().clamp_min(1e-6):
         raise ValueError(

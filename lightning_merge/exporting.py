@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_merge.files import replacing, write_tensors
+from lightning_merge.files import replacing, replacing_folder, write_tensors
 from lightning_merge.networks import named_state
 from lightning_merge.states import tied_names
+
+Format: TypeAlias = Literal["safetensors", "onnx", "torch_export", "timm"]
 
 
 def write_network(
@@ -56,6 +58,56 @@ def write_network(
         assert onnx is not None
         onnx.save(str(temporary), external_data=False)
     return path
+
+
+def write_timm(network: nn.Module, path: Path, model: Mapping[str, Any] | None) -> Path:
+    """Write a folder that ``timm.create_model("local-dir:PATH", pretrained=True)`` loads.
+
+    It is also the layout of timm's models on the Hugging Face hub: ``config.json`` and
+    ``model.safetensors``.
+
+    Args:
+        network: The tailored network of one task.
+        path: The folder; an older one is replaced when the new one is whole.
+        model: How the network was built: ``timm.create_model`` with its arguments.
+
+    Raises:
+        ValueError: If timm did not build it, or does not give it a head of this shape.
+    """
+    if model is None or model["class_path"] != "timm.create_model":
+        built = "the caller's own code" if model is None else model["class_path"]
+        raise ValueError(
+            f"format 'timm' needs a network built by timm.create_model, and this one was built by "
+            f"{built}: use format 'safetensors', and load it into a network of that class."
+        )
+    import timm
+
+    state = named_state(network)
+    arguments = dict(model.get("init_args") or {})
+    name = arguments.pop("model_name")
+    for other in ("pretrained", "checkpoint_path", "num_classes"):
+        arguments.pop(other, None)
+    classes = _outputs(network)
+    rebuilt = timm.create_model(name, num_classes=classes, **arguments)
+    names = {k: tuple(v.shape) for k, v in named_state(rebuilt).items()}
+    if differing := {k for k in {*names, *state} if names.get(k) != _shape(state.get(k))}:
+        raise ValueError(
+            f"timm builds '{name}' with {classes} classes otherwise than this network: "
+            f"{', '.join(sorted(differing)[:3])}. Use format 'safetensors'."
+        )
+    rebuilt.load_state_dict(state)
+    with replacing_folder(path) as folder:
+        timm.models.save_for_hf(rebuilt, str(folder), model_args=arguments, safe_serialization=True)
+    return path
+
+
+def _outputs(network: nn.Module) -> int:
+    """Rows of the last linear layer."""
+    return [m.out_features for m in network.modules() if isinstance(m, nn.Linear)][-1]
+
+
+def _shape(value: Tensor | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value.shape)
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], Any]:

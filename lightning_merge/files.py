@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+NUMBERS = re.compile(r"\[\n\s*([-\d.eE+]+(?:,\n\s*[-\d.eE+]+)*)\n\s*\]")
+"""A list of numbers in indented JSON; no string has a line break in it."""
 
 
 @contextmanager
@@ -76,9 +80,11 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, in one step."""
+    """Write a JSON object, indented, in one step; a list of numbers stands on one line."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    text = NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write_tensors(

@@ -1,23 +1,33 @@
 """The merged model: a backbone, the experts' heads, and a correction that a preference solves."""
 
 import importlib.metadata
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from lightning_merge.backbones import SHARD_SIZE, read_backbone, write_backbone
 from lightning_merge.calibrating import correction_statistics
 from lightning_merge.calibration import CalibrationInputs
+from lightning_merge.card import model_card
 from lightning_merge.correction import (
     ClosedFormCorrection,
     CorrectionOptions,
     CorrectionStatistics,
 )
-from lightning_merge.exporting import write_network
-from lightning_merge.files import read_json, replacing_folder, write_json, write_tensors
+from lightning_merge.exporting import Format, write_network, write_timm
+from lightning_merge.files import (
+    read_json,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_tensors,
+)
+from lightning_merge.hub import fetch_folder, push_folder
 from lightning_merge.networks import (
     build_head,
     first_linear,
@@ -34,6 +44,7 @@ from lightning_merge.steered import SteeredModel, folded_head
 
 FORMAT = "merged model"
 VERSION = 1
+MANIFEST, CARD = "merged.json", "README.md"
 
 
 @dataclass(kw_only=True)
@@ -56,6 +67,8 @@ class MergedModel:
     """How to build the network again: ``{"class_path", "init_args"}``."""
     record: dict[str, Any] = field(default_factory=dict)
     """Plain data on how it was made: method, pool, fingerprints, scores, timings."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """Plain data on how the experts interfere and what each parameter got, if it was measured."""
 
     def __post_init__(self) -> None:
         self._correction: ClosedFormCorrection | None = None
@@ -203,16 +216,17 @@ class MergedModel:
         path: str | Path,
         preference: Mapping[str, float] | Tensor,
         task: str | None = None,
-        format: Literal["safetensors", "onnx", "torch_export"] = "safetensors",  # noqa: A002
+        format: Format = "safetensors",  # noqa: A002
         example: Any = None,
     ) -> Path:
         """Write the tailored model to a file that needs nothing of this package.
 
         Args:
-            path: The file to write.
+            path: The file to write; a folder for ``timm``.
             preference: As for :meth:`with_preference`.
             task: One task: the file has the expert's own parameter names. ``None``: all tasks.
-            format: Weights as safetensors, or a program as ONNX or torch.export.
+            format: Weights as safetensors, a program as ONNX or torch.export, or a folder that
+                ``timm.create_model("local-dir:PATH", pretrained=True)`` loads (one task).
             example: One batch of inputs, for ``onnx`` and ``torch_export``.
 
         Returns:
@@ -223,11 +237,27 @@ class MergedModel:
             if task is None
             else self.with_preference(preference, task)
         )
+        if format == "timm":
+            if task is None:
+                raise ValueError("format 'timm' holds the network of one task: give task=...")
+            return write_timm(model.eval(), Path(path), self.model)
         metadata = {"tasks": ",".join(self.tasks if task is None else [task]), "head": self.head}
         return write_network(model.eval(), Path(path), format, example, metadata)
 
-    def save(self, path: str | Path) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        shard_size: int = SHARD_SIZE,
+        pictures: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Write the model as a folder, in one step: an older one stays until the new one is whole.
+
+        Args:
+            path: The folder.
+            shard_size: Bytes from which the backbone is written in several files with an index,
+                in the folder ``backbone``; :meth:`load` reads either.
+            pictures: PNG files to put beside it, by name; the model card shows them.
 
         Raises:
             OSError: If the disk is full or the folder cannot be written to.
@@ -239,8 +269,9 @@ class MergedModel:
             if not value.numel() or value.data_ptr() not in seen:
                 stored[name] = value
             seen.add(value.data_ptr())
+        manifest = self._manifest()
         with replacing_folder(path) as folder:
-            write_tensors(folder / "backbone.safetensors", stored)
+            write_backbone(folder, stored, shard_size)
             write_tensors(
                 folder / "heads.safetensors",
                 {
@@ -257,7 +288,10 @@ class MergedModel:
                     for name, value in statistics.tensors().items()
                 },
             )
-            write_json(folder / "merged.json", self._manifest())
+            for name, content in (pictures or {}).items():
+                (folder / name).write_bytes(content)
+            write_card(folder, manifest)
+            write_json(folder / MANIFEST, manifest)
 
     @classmethod
     def load(cls, path: str | Path, module: nn.Module | None = None) -> "MergedModel":
@@ -273,7 +307,7 @@ class MergedModel:
                 network cannot be built.
         """
         path = Path(path)
-        manifest = read_json(path / "merged.json", FORMAT, VERSION)
+        manifest = read_json(path / MANIFEST, FORMAT, VERSION)
         if module is None and manifest["model"] is None:
             raise ValueError(
                 f"{path} does not know how to build its network: pass the module, as in "
@@ -281,7 +315,7 @@ class MergedModel:
             )
         network = build_network(manifest["model"]) if module is None else plain_copy(module)
         head = manifest["head"]
-        load_backbone(network, LazyStateDict(path / "backbone.safetensors"), head)
+        load_backbone(network, read_backbone(path), head)
         states = _by_task(LazyStateDict(path / "heads.safetensors"), manifest["tasks"])
         template = get_submodule(network, head)
         sums = _by_task(LazyStateDict(path / "correction.safetensors"), manifest["tasks"])
@@ -298,7 +332,60 @@ class MergedModel:
             choices=manifest.get("choices", {}),
             model=manifest["model"],
             record=manifest["record"],
+            report=manifest.get("merge", {}),
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        message: str = "Upload merged model",
+    ) -> str:
+        """Upload the model's folder, as :meth:`save` writes it, to the Hugging Face hub.
+
+        Args:
+            repo_id: ``OWNER/NAME``; made if there is none.
+            private: Whether a new repository is private.
+            token: Access token; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            message: Commit message.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ValueError: If the hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            self.save(folder)
+            return push_folder(folder, repo_id, private=private, token=token, message=message)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        module: nn.Module | None = None,
+    ) -> "MergedModel":
+        """Fetch a model that :meth:`push_to_hub` uploaded; later calls read the local cache.
+
+        Args:
+            repo_id: ``OWNER/NAME``.
+            revision: Branch, tag or commit; pin one to be safe from changes.
+            token: Access token for a private repository.
+            cache_dir: Where downloads are kept; the hub's own place by default.
+            module: As for :meth:`load`.
+
+        Raises:
+            ValueError: If it cannot be fetched, or is no merged model.
+        """
+        folder = fetch_folder(repo_id, revision=revision, token=token, cache_dir=cache_dir)
+        return cls.load(folder, module)
 
     def _manifest(self) -> dict[str, Any]:
         names = ("lightning-merge", "torch", "timm")
@@ -310,6 +397,7 @@ class MergedModel:
             "correction": self.options.as_dict(),
             "choices": self.correction.choices() if self.statistics else {},
             "record": self.record,
+            "merge": self.report,
             "versions": {name: importlib.metadata.version(name) for name in names},
         }
 
@@ -322,6 +410,32 @@ class MergedModel:
         if task not in self.heads:
             raise KeyError(f"unknown task '{task}'; known: {', '.join(self.tasks)}.")
         return task
+
+
+def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the model card beside a manifest; it shows the pictures that lie there."""
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    with replacing(folder / CARD) as temporary:
+        temporary.write_text(model_card(manifest, pictures), encoding="utf-8")
+
+
+def record_scores(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Put the scores of a sweep into a merged model's manifest and card.
+
+    Args:
+        path: Its folder.
+        summary: What ``summary.json`` holds.
+
+    Raises:
+        ValueError: If the folder is no merged model.
+        OSError: If it cannot be written to.
+    """
+    folder = Path(path)
+    manifest = read_json(folder / MANIFEST, FORMAT, VERSION)
+    scores = {name: summary[name] for name in ("tasks", "metric", "rows")}
+    manifest["record"] = {**manifest["record"], "scores": scores}
+    write_card(folder, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _by_task(state: LazyStateDict, tasks: list[str]) -> dict[str, dict[str, Tensor]]:

@@ -1,17 +1,16 @@
 """The whole of the merge in one call, with no Trainer: pool in, merged model out."""
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.calibrating import (
-    correction_statistics,
-    reestimate_batch_norm,
-)
+from lightning_merge.batch_norm import reestimate_batch_norm
+from lightning_merge.calibrating import correction_statistics
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.correction import CorrectionOptions, CorrectionStatistics
 from lightning_merge.correction.validation import warn_of_harm
@@ -23,20 +22,23 @@ from lightning_merge.methods import (
     MergeMethod,
     WeightMethod,
 )
+from lightning_merge.methods.interference import MergeReport, ReportDepth, merge_report
 from lightning_merge.networks import (
     build_head,
     get_submodule,
     load_backbone,
+    named_state,
     plain_copy,
     set_submodule,
     split_state,
 )
-from lightning_merge.pool import ExpertPool, fingerprint
+from lightning_merge.pool import ExpertPool
 from lightning_merge.runtime import Runtime
-from lightning_merge.states import StateDict
+from lightning_merge.states import StateDict, fingerprint
 
 Correction: TypeAlias = CorrectionOptions | Literal["paper"] | None
 BatchNorm: TypeAlias = Literal["auto", "reestimate", "average"]
+SameBase: TypeAlias = Literal["warn", "error"]
 
 
 class Experts(Protocol):
@@ -132,6 +134,8 @@ def merge_experts(
     device: torch.device | str | None = None,
     runtime: Runtime | None = None,
     check: bool = True,
+    report: ReportDepth | MergeReport = "full",
+    same_base: SameBase = "warn",
 ) -> MergedModel:
     """Merge the experts' backbones and calibrate the correction of the representation.
 
@@ -155,13 +159,18 @@ def merge_experts(
         device: Where to calibrate; the CPU by default.
         runtime: Processes and device, where several share the work.
         check: Warn if the correction does harm on samples left out.
+        report: Measure first how the experts interfere, layer by layer: ``full``; ``brief``,
+            without the singular directions of matrices, which cost some seconds; ``off``; or the
+            report of these experts, where it has been made before.
+        same_base: What to do about an expert that seems to come from another base: ``warn`` or
+            ``error``. Found by the report.
 
     Raises:
         ValueError: If there are fewer than two experts, one is unknown or unfit, or calibration
             inputs are missing; nothing is written in any case.
     """
-    source, inputs = _source(experts, calibration, base, head)
-    names = _chosen(source, tasks)
+    source, inputs = open_source(experts, calibration, base, head)
+    names = chosen_tasks(source, tasks)
     method = method or Average()
     runtime = runtime or Runtime(device=torch.device(device or "cpu"))
     options = CorrectionOptions.paper() if correction == "paper" else correction
@@ -175,8 +184,15 @@ def merge_experts(
 
     start = time.perf_counter()
     lazily = {task: source.expert(task) for task in names}
+    if not isinstance(report, MergeReport) and report != "off":
+        report = measure(source.base, lazily, report, same_base, runtime)
+    timings["interference"] = time.perf_counter() - start
+
+    start = time.perf_counter()
     if isinstance(method, WeightMethod):
-        state = method.merge(source.base, lazily)
+        origin = source.base
+        walk = runtime.over_parameters(list(origin), "Merging")
+        state = dict(each for _, each in zip(walk, method.stream(origin, lazily), strict=True))
     elif isinstance(method, CalibratedMethod):
         state = method.merge(
             source.base, lazily, _calibration(source, network, heads, inputs, runtime, batch_size)
@@ -203,6 +219,7 @@ def merge_experts(
         statistics=statistics,
         options=options or CorrectionOptions(),
         model=source.model,
+        report=_written(report, method, network),
         record={
             "method": describe(method),
             "base_fingerprint": source.fingerprint,
@@ -217,18 +234,112 @@ def merge_experts(
     return model
 
 
+def measure(
+    base: StateDict,
+    experts: Mapping[str, StateDict],
+    report: Literal["full", "brief"],
+    same_base: SameBase,
+    runtime: Runtime,
+) -> MergeReport:
+    """The merge report under a bar, with its warnings.
+
+    Raises:
+        ValueError: If ``same_base`` is ``error`` and an expert is implausibly far from the base.
+    """
+    found = merge_report(
+        base,
+        experts,
+        singular=report == "full",
+        progress=lambda names: runtime.over_parameters(names, "Measuring"),
+    )
+    far = found.strangers()
+    if far and same_base == "error":
+        raise ValueError(" ".join(far))
+    if runtime.is_first:
+        for message in [*far, *found.unmoved()]:
+            warnings.warn(message, stacklevel=3)
+    return found
+
+
+def _written(report: MergeReport | str, method: MergeMethod, network: nn.Module) -> dict[str, Any]:
+    if not isinstance(report, MergeReport):
+        return {}
+    return report.under(method).in_order(list(named_state(network))).as_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeInputs:
+    """What a :class:`~lightning_merge.methods.CalibratedMethod` merges."""
+
+    base: StateDict
+    """Backbone of the base."""
+    experts: dict[str, StateDict]
+    """Backbones of the experts by task; those of a pool are read lazily."""
+    calibration: Calibration
+    """Networks and unlabeled inputs."""
+
+
+def calibration_for(
+    experts: ExpertPool | Mapping[str, nn.Module],
+    calibration: Mapping[str, Any] | None = None,
+    *,
+    base: nn.Module | None = None,
+    head: str | None = None,
+    module: nn.Module | None = None,
+    tasks: Sequence[str] | None = None,
+    batch_size: int = 128,
+    runtime: Runtime | None = None,
+) -> MergeInputs:
+    """Give the three arguments of ``CalibratedMethod.merge``; as for :func:`merge_experts`.
+
+    Example:
+        ``found = calibration_for(experts, inputs, base=network, head="head")``, then
+        ``RegMean().merge(found.base, found.experts, found.calibration)``.
+
+    Raises:
+        ValueError: If there are fewer than two experts, or inputs of one are missing.
+    """
+    source, inputs_of = open_source(experts, calibration, base, head)
+    names = chosen_tasks(source, tasks)
+    inputs = {task: found for task in names if (found := inputs_of(task)) is not None}
+    if missing := [task for task in names if task not in inputs]:
+        raise ValueError(
+            f"no calibration inputs for {', '.join(missing)}: add the experts with calibration=, "
+            "or give calibration={task: inputs}."
+        )
+    network = source.network() if module is None else plain_copy(module)
+    template = plain_copy(get_submodule(network, source.head))
+    heads = {task: build_head(template, source.head_state(task)).eval() for task in names}
+    return MergeInputs(
+        base=source.base,
+        experts={task: source.expert(task) for task in names},
+        calibration=_calibration(source, network, heads, inputs, runtime or Runtime(), batch_size),
+    )
+
+
 def describe(method: MergeMethod) -> dict[str, Any]:
     """A method as plain data: ``{"class_path", "init_args"}``."""
     kind = type(method)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(method)}
+    arguments = {field.name: _plain(getattr(method, field.name)) for field in fields(method)}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
-def _source(
+def _plain(value: Any) -> Any:
+    """Methods within methods keep their class."""
+    if isinstance(value, MergeMethod):
+        return describe(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(item) for item in value)
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def open_source(
     experts: ExpertPool | Mapping[str, nn.Module],
     calibration: Mapping[str, Any] | None,
     base: nn.Module | None,
     head: str | None,
 ) -> tuple[Experts, Any]:
+    """Experts of either kind, and what gives a task's calibration inputs, as ``merge_experts``."""
     given = {
         task: CalibrationInputs.collect(samples) for task, samples in (calibration or {}).items()
     }
@@ -248,7 +359,8 @@ def _source(
     return loaded, loaded.calibration
 
 
-def _chosen(source: Experts, tasks: Sequence[str] | None) -> list[str]:
+def chosen_tasks(source: Experts, tasks: Sequence[str] | None) -> list[str]:
+    """The tasks to merge, at least two: all of them, or those named."""
     names = source.tasks if tasks is None else list(tasks)
     if unknown := [task for task in names if task not in source.tasks]:
         raise ValueError(

@@ -203,6 +203,21 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
     return network(inputs)
 
 
+def logits_of(output: Any) -> Tensor:
+    """Class scores ``(n, K)`` of a network's output: a tensor, or the ``logits`` of a mapping.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    if isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] > 1:
+        return found
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+    raise ValueError(
+        f"class scores of shape (n, classes) are needed from the network, found {shape}."
+    )
+
+
 @contextmanager
 def recording(head: nn.Module, path: str) -> Iterator[list[Tensor]]:
     """Record the representation while networks run with ``head``: rows of ``(n, d)``.

@@ -1,6 +1,5 @@
 """The expert pool: a folder with one base and the experts that were fine-tuned from it."""
 
-import hashlib
 import importlib
 import json
 import re
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.checkpoints import read_checkpoint, under_prefix
 from lightning_merge.files import read_json, replacing, save_tensors, write_json, write_tensors
+from lightning_merge.lora import LoRAExpert, is_adapter
 from lightning_merge.networks import clean_names, first_linear, get_submodule, split_state
 from lightning_merge.states import (
     LazyStateDict,
     StateDict,
     check_compatible,
     check_finite,
+    fingerprint,
     tied_names,
 )
 
@@ -126,17 +127,20 @@ class ExpertPool:
         calibration: Any = None,
         scores: Mapping[str, float] | None = None,
         trained_from: str | None = None,
+        head: nn.Module | StateDict | None = None,
         overwrite: bool = False,
     ) -> None:
         """Add the expert of a task: its backbone, its head and its calibration inputs.
 
         Args:
             task: Name: letters, digits, dots, dashes and underscores.
-            expert: The fine-tuned network, its state dict, or a checkpoint file of it.
+            expert: The fine-tuned network, its state dict, a checkpoint file of it, or the folder
+                of a LoRA adapter as peft saves it (written to the pool as a whole expert).
             calibration: Unlabeled inputs: a tensor ``(n, ...)``, a mapping of named tensors, or an
                 iterable of such batches. Without them the expert cannot be corrected.
             scores: Figures to keep with the expert, such as its validation accuracy.
             trained_from: Fingerprint of the base that the fine-tuning started from, if known.
+            head: Its head, where ``expert`` does not hold one, as an adapter may not.
             overwrite: Replace an expert of this name; otherwise that is an error.
 
         Raises:
@@ -151,17 +155,19 @@ class ExpertPool:
                 "Experts merge only if they share their base: fine-tune it from this base, or use "
                 "a pool of its own."
             )
-        backbone, head = self._split(task, expert)
+        backbone, own = self._split(task, expert)
+        if head is not None:
+            own = dict(head.state_dict() if isinstance(head, nn.Module) else head)
         base = self.base
         check_compatible(base, {task: backbone})
-        for name, value in [*backbone.items(), *head.items()]:
+        for name, value in [*backbone.items(), *own.items()]:
             check_finite(name, f"expert '{task}'", value)
         _warn_if_implausible(task, base, backbone)
         inputs = None if calibration is None else CalibrationInputs.collect(calibration)
-        if not head:
+        if not own:
             raise ValueError(
                 f"expert '{task}' has no parameters below its head '{self.head}'. Give the whole "
-                "network, not its backbone alone."
+                "network, not its backbone alone, or its head with head=."
             )
         stamp = {
             "id": uuid.uuid4().hex,
@@ -176,7 +182,7 @@ class ExpertPool:
                 for part in ("experts", "heads", "calibration")[: 2 + (inputs is not None)]
             ]
             save_tensors(paths[0], backbone, stamp)
-            save_tensors(paths[1], head, stamp)
+            save_tensors(paths[1], own, stamp)
             if inputs is not None:
                 save_tensors(paths[2], inputs.tensors(), stamp)
         if inputs is None:
@@ -262,6 +268,12 @@ class ExpertPool:
             )
         return state
 
+    def _file_of(self, path: str | Path) -> StateDict:
+        if not is_adapter(path):
+            return read_checkpoint(path)
+        adapted = LoRAExpert(path, self.base)
+        return {**adapted, **adapted.others()}
+
     def _split(
         self, task: str, expert: nn.Module | StateDict | str | Path
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -270,7 +282,7 @@ class ExpertPool:
         else:
             source = f"expert '{task}'"
             if isinstance(expert, (str, Path)):
-                source, expert = str(expert), read_checkpoint(expert)
+                source, expert = str(expert), self._file_of(expert)
             _, inside = under_prefix(clean_names(expert), list(self.base), source)
             prefix = f"{self.head}."
             head = {
@@ -286,16 +298,6 @@ class ExpertPool:
         head_ties = tied_names({**backbone, **{f"{self.head}.{n}": v for n, v in head.items()}})
         head = {n: v.clone() if f"{self.head}.{n}" in head_ties else v for n, v in head.items()}
         return backbone, head
-
-
-def fingerprint(state: StateDict) -> str:
-    """SHA-256 of the names, shapes, dtypes and values of a state dict, in sorted order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def build_network(model: Mapping[str, Any]) -> nn.Module:

@@ -1,9 +1,12 @@
 """Where the work of a stage runs: one process, or a share of several. Plain torch."""
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +18,25 @@ def _same(value: Tensor) -> Tensor:
     return value
 
 
-def _silent(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+class Progress(Protocol):
+    """Shows a bar while it passes items on."""
+
+    def __call__(
+        self,
+        items: Iterable[Any],
+        total: int,
+        description: str,
+        note: Callable[[Any], str] | None = None,
+    ) -> Iterable[Any]:
+        """Pass the items on, of which there are ``total``; ``note`` says what an item is."""
+
+
+def _silent(
+    items: Iterable[Any],
+    total: int,
+    description: str,
+    note: Callable[[Any], str] | None = None,
+) -> Iterable[Any]:
     return items
 
 
@@ -37,7 +58,7 @@ class Runtime:
     reduce: Callable[[Tensor], Tensor] = _same
     """Sum of a tensor over all processes; every process calls it with the same shape."""
     barrier: Callable[[str], None] = _nothing
-    progress: Callable[[Iterable[Any], int, str], Iterable[Any]] = _silent
+    progress: Progress = _silent
     """Shows a bar with a total and a description while it passes the items on."""
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Context of forward passes, such as autocast."""
@@ -51,6 +72,15 @@ class Runtime:
         """This process's share: every ``world_size``-th item, none repeated, none padded."""
         return (item for index, item in enumerate(items) if index % self.world_size == self.rank)
 
+    def over_parameters(self, names: Sequence[str], description: str) -> Iterable[str]:
+        """Pass names of parameters on under a bar that shows the name and the memory in use."""
+
+        def note(name: str) -> str:
+            memory = f"{memory_in_use(self.device) / 2**30:.2f} GiB"
+            return f"{name}, {memory}"
+
+        return self.progress(names, len(names), description, note)
+
     def to_device(self, batch: Any) -> Any:
         """Move the tensors of a batch, nested in mappings and sequences, to the device."""
         if isinstance(batch, Tensor):
@@ -60,3 +90,26 @@ class Runtime:
         if isinstance(batch, (tuple, list)):
             return type(batch)(self.to_device(value) for value in batch)
         return batch
+
+
+def memory_in_use(device: torch.device | None = None) -> int:
+    """Bytes that this process holds now: private memory, without files that are mapped.
+
+    On a CUDA device those of its tensors; where the system does not tell, the highest so far.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+        return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return _highest()
+
+
+def _highest() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

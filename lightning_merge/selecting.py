@@ -13,15 +13,24 @@ from lightning_merge.correction import CorrectionOptions
 from lightning_merge.correction.validation import HeldOutError, cross_validated_errors
 from lightning_merge.functional.preference import Preference
 from lightning_merge.merged import MergedModel
-from lightning_merge.merging import BatchNorm, describe, merge_experts
+from lightning_merge.merging import (
+    BatchNorm,
+    SameBase,
+    chosen_tasks,
+    describe,
+    measure,
+    merge_experts,
+    open_source,
+)
 from lightning_merge.methods import TIES, Average, IsoC, MergeMethod, TaskArithmetic, TSVMerge
+from lightning_merge.methods.interference import MergeReport, ReportDepth
 from lightning_merge.pool import ExpertPool
 from lightning_merge.runtime import Runtime
 
 CORRECTIONS = (
     CorrectionOptions(),
-    CorrectionOptions(metric="head"),
-    CorrectionOptions(prior="procrustes", beta=1e-2),
+    CorrectionOptions(metric="representation"),
+    CorrectionOptions(metric="representation", prior="procrustes", beta=1e-2),
 )
 """Corrections that are tried on every merge: both metrics, and a fixed ridge and prior."""
 
@@ -145,6 +154,8 @@ def select_merge(
     batch_size: int = 128,
     device: torch.device | str | None = None,
     runtime: Runtime | None = None,
+    report: ReportDepth = "full",
+    same_base: SameBase = "warn",
 ) -> Selection:
     """Merge in several ways, score each without labels, and keep the best.
 
@@ -168,6 +179,8 @@ def select_merge(
         batch_size: As for ``merge_experts``.
         device: As for ``merge_experts``.
         runtime: As for ``merge_experts``; every process selects the same.
+        report: As for ``merge_experts``; made once.
+        same_base: As for ``merge_experts``.
 
     Returns:
         The merged model that was kept, whose record has the table under ``"selection"``, and all
@@ -184,6 +197,12 @@ def select_merge(
             f"nothing to select from: {len(methods)} methods and {len(corrections)} corrections. "
             "Give at least one of each."
         )
+    source, _ = open_source(experts, calibration, base, head)
+    measured: MergeReport | Literal["off"] = "off"
+    if report != "off":
+        lazily = {task: source.expert(task) for task in chosen_tasks(source, tasks)}
+        where = runtime or Runtime(device=torch.device(device or "cpu"))
+        measured = measure(source.base, lazily, report, same_base, where)
     scored: list[Candidate] = []
     best: tuple[float, MergedModel] | None = None
     for method in methods:
@@ -200,6 +219,7 @@ def select_merge(
             device=device,
             runtime=runtime,
             check=False,  # other corrections are tried on it
+            report=measured,
         )
         for options in corrections:
             tried = replace(model, options=options)

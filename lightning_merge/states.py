@@ -1,8 +1,9 @@
 """State dicts of the core: mappings of tensors, read lazily from safetensors where large."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,29 @@ StateDict: TypeAlias = Mapping[str, Tensor]
 
 STATISTIC_SUFFIXES = ("running_mean", "running_var")
 """Last name part of floating buffers that are averaged, never extrapolated: variances stay >= 0."""
+
+DTYPES = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": "bfloat16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""What safetensors and torch call the same dtype."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A state dict that tells what its tensors are without reading them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+
+    def kind(self, name: str) -> str:
+        """Kind of one tensor."""
+
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor."""
 
 
 class LazyStateDict(Mapping[str, Tensor]):
@@ -53,6 +77,11 @@ class LazyStateDict(Mapping[str, Tensor]):
             return "complex"
         return "floating" if dtype.startswith(("F", "BF")) else "integer"
 
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor in torch's words, such as ``float32``, from the header alone."""
+        code = str(self._file.get_slice(name).get_dtype())
+        return DTYPES.get(code, code)
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:
             raise KeyError(name)
@@ -76,7 +105,14 @@ class LazyStateDict(Mapping[str, Tensor]):
 
 def shape_of(state: StateDict, name: str) -> tuple[int, ...]:
     """Shape of one tensor of a state dict, without reading its values where that is possible."""
-    return state.shape(name) if isinstance(state, LazyStateDict) else tuple(state[name].shape)
+    return state.shape(name) if isinstance(state, Described) else tuple(state[name].shape)
+
+
+def dtype_of(state: StateDict, name: str) -> str:
+    """Dtype of one tensor, such as ``float32``, without reading its values where possible."""
+    if isinstance(state, Described):
+        return state.dtype(name)
+    return str(state[name].dtype).removeprefix("torch.")
 
 
 def kind_of(state: StateDict, name: str) -> str:
@@ -84,7 +120,7 @@ def kind_of(state: StateDict, name: str) -> str:
 
     The last are ``"complex"``, ``"sparse"``, ``"quantized"`` and ``"meta"`` (no values).
     """
-    if isinstance(state, LazyStateDict):
+    if isinstance(state, Described):
         return state.kind(name)
     tensor = state[name]
     if tensor.layout is not torch.strided:
@@ -181,6 +217,16 @@ def check_finite(name: str, owner: str, tensor: Tensor) -> None:
             f"{owner}: parameter '{name}' holds {count} non-finite values of {tensor.numel()} "
             "(NaN or infinite). Its training diverged: fine-tune it again, or leave it out."
         )
+
+
+def fingerprint(state: StateDict) -> str:
+    """SHA-256 of the names, shapes, dtypes and values of a state dict, in sorted order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _listed(what: str, names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """A :class:`~lightning_merge.runtime.Runtime` from a Trainer, so that any strategy serves."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
@@ -31,7 +32,7 @@ def runtime_of(trainer: Trainer) -> Runtime:
         world_size=trainer.world_size,
         reduce=add_up,
         barrier=strategy.barrier,
-        progress=lambda items, total, text: _progress(trainer, items, total, text),
+        progress=partial(_progress, trainer),
     )
 
 
@@ -65,14 +66,22 @@ def on_first(trainer: Trainer, work: Callable[[], Any]) -> Any:
 
 
 def _progress(
-    trainer: Trainer, items: Iterable[Any], total: int, description: str
+    trainer: Trainer,
+    items: Iterable[Any],
+    total: int,
+    description: str,
+    note: Callable[[Any], str] | None = None,
 ) -> Iterator[Any]:
     bar = trainer.progress_bar_callback
     if bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero:
         yield from items
         return
     if not isinstance(bar, RichProgressBar):
-        yield from tqdm(items, total=total or None, desc=description, leave=False)
+        with tqdm(items, total=total or None, desc=description, leave=False) as line:
+            for item in line:
+                if note is not None:
+                    line.set_postfix_str(note(item), refresh=False)
+                yield item
         return
     # During a fit the Trainer's own display is still live: add a line to it.
     live = bar.progress is not None and bar.progress.live.is_started
@@ -80,11 +89,13 @@ def _progress(
     assert display is not None
     if not live:
         display.start()
-    line = display.add_task(description, total=total or None)
+    task = display.add_task(description, total=total or None)
     try:
         for item in items:
+            if note is not None:
+                display.update(task, description=f"{description} {note(item)}")
             yield item
-            display.update(line, advance=1)
+            display.update(task, advance=1)
     finally:
         display.refresh()
         if not live:

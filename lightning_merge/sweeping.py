@@ -4,13 +4,14 @@ import importlib.metadata
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
-from lightning_merge.evaluation import Loader, Scores, evaluate, sweep_task
+from lightning_merge.evaluation import Loader, Scores, evaluate, measure, sweep_task
 from lightning_merge.merged import MergedModel
 from lightning_merge.merging import Experts
 from lightning_merge.networks import load_backbone, plain_copy, set_submodule
@@ -25,6 +26,7 @@ from lightning_merge.pareto import (
 )
 from lightning_merge.pool import FIT_SECONDS, ExpertPool
 from lightning_merge.runtime import Runtime
+from lightning_merge.scoring import ACCURACY, direction, title
 from lightning_merge.states import StateDict
 
 LATTICE_POINTS = 150
@@ -83,6 +85,7 @@ def sweep_model(
     runtime: Runtime,
     *,
     keep: int = 0,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> tuple[SweepResult, dict[str, Scores]]:
     """Evaluate a merged model under all preferences of a grid, and its references.
 
@@ -96,6 +99,7 @@ def sweep_model(
         grid: The preferences.
         runtime: This process's place among others.
         keep: Samples of each task whose representation is returned with the scores.
+        metrics: What is measured on each task, of (outputs, targets); by default the accuracy.
 
     Returns:
         The result, the same on every process, and the scores of each task.
@@ -109,12 +113,15 @@ def sweep_model(
 
     def reference(task: str, row: str, state: StateDict) -> None:
         start = time.perf_counter()
-        correct, samples = evaluate(
-            _filled(network, model, task, state), test_set(task), runtime, f"{task}: {row}"
-        )
-        rows[row].append(correct / samples)
+        plain, text = filled(network, model, task, state), f"{task}: {row}"
+        if metrics is None:
+            correct, samples = evaluate(plain, test_set(task), runtime, text)
+            rows[row].append(correct / samples)
+        else:
+            rows[row].append(measure(plain, test_set(task), runtime, text, metrics[task]))
         timings[f"sweep_{row}"] += time.perf_counter() - start
 
+    higher_is_better = direction(metrics or {})
     start = time.perf_counter()
     different, places = preferences.unique(dim=0, return_inverse=True)
     chunks = list(model.correction.fold_heads(different, model.linear_heads()))
@@ -131,22 +138,51 @@ def sweep_model(
             test_set(task),
             runtime,
             folded=(weights, biases),
+            metric=None if metrics is None else metrics[task],
             keep=keep,
         )
-        scores[task] = replace(found, correct=found.correct[places])
+        scores[task] = _placed(found, places)
         timings["sweep_merged"] += time.perf_counter() - start
-        rows["uncorrected"].append(scores[task].uncorrected / scores[task].samples)
+        rows["uncorrected"].append(scores[task].uncorrected_value)
         reference(task, "experts", experts.expert(task))
         reference(task, "base", experts.base)
-    result = SweepResult(
+    result = assembled(
+        model,
+        experts,
+        (preferences, kinds, favoured),
+        torch.stack([scores[task].values for task in tasks], dim=1),
+        rows,
+        metric=title(metrics) if metrics else ACCURACY,
+        higher_is_better=higher_is_better,
+        timings=timings,
+    )
+    return result, scores
+
+
+def assembled(
+    model: MergedModel,
+    experts: Experts,
+    points: tuple[Tensor, tuple[str, ...], tuple[str | None, ...]],
+    raw: Tensor,
+    rows: Mapping[str, list[float]],
+    *,
+    metric: str,
+    higher_is_better: bool,
+    timings: Mapping[str, float],
+) -> SweepResult:
+    """The result of a sweep from its points, metrics ``(P, T)`` and reference rows."""
+    preferences, kinds, favoured = points
+    tasks = tuple(model.tasks)
+    return SweepResult(
         tasks=tasks,
-        metric="accuracy",
+        metric=metric,
+        higher_is_better=higher_is_better,
         preferences=preferences,
         kinds=kinds,
         favoured=favoured,
-        raw=torch.stack([scores[task].accuracy for task in tasks], dim=1),
+        raw=raw,
         references={name: torch.tensor(row, dtype=torch.float64) for name, row in rows.items()}
-        | {"per_task": _own_corners(tasks, kinds, favoured, scores)},
+        | {"per_task": _own_corners(tasks, kinds, favoured, raw)},
         method=_method_name(model),
         diagnostics=model.correction.report(),
         timings={**_fit_seconds(experts), **model.record.get("timings", {}), **timings},
@@ -155,24 +191,32 @@ def sweep_model(
             for name in ("lightning-merge", "lightning", "torch", "timm")
         },
     )
-    return result, scores
 
 
-def _filled(network: nn.Module, model: MergedModel, task: str, state: StateDict) -> nn.Module:
+def filled(network: nn.Module, model: MergedModel, task: str, state: StateDict) -> nn.Module:
+    """A network, changed in place, with a backbone's state and the head of a task's expert."""
     load_backbone(network.cpu(), state, model.head)
     set_submodule(network, model.head, plain_copy(model.heads[task]))
     return network
+
+
+def _placed(scores: Scores, places: Tensor) -> Scores:
+    """Scores of different preferences at every place of a grid that has them."""
+    measured = scores.measured
+    if measured is not None:
+        measured = torch.cat([measured[:-1][places], measured[-1:]])
+    return replace(scores, correct=scores.correct[places], measured=measured)
 
 
 def _own_corners(
     tasks: tuple[str, ...],
     kinds: tuple[str, ...],
     favoured: tuple[str | None, ...],
-    scores: dict[str, Scores],
+    raw: Tensor,
 ) -> Tensor:
     # A head folded with its own task's map is the head at that task's corner.
     marks = list(zip(kinds, favoured, strict=True))
-    own = [scores[task].accuracy[marks.index(("one_hot", task))] for task in tasks]
+    own = [raw[marks.index(("one_hot", task)), i] for i, task in enumerate(tasks)]
     return torch.stack(own)
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -111,6 +112,33 @@ def test_printed_configs_can_be_read_again(command, capsys, tmp_path):
         assert first["method"]["init_args"]["density"] == 0.3
     if command == "export":
         assert first["preference"] == {"one": 0.7, "two": 0.3}
+
+
+# the dry run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["--dry_run", "true"], ["--dry-run"], ["--dry_run=true"], ["--dry-run", "true"]]
+)
+def test_a_dry_run_lists_the_parameters_and_writes_nothing(words, pool, capsys, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    given = ("--pool=pool", "--output=merged", "--method=TSVMerge", '--method.exclude=["net.2.*"]')
+    code, out, err = run(capsys, "merge", *QUIET, *words, *given)
+    assert code == 0, err
+    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert "TSVMerge of 3 experts (one, three, two); nothing is written." in lines
+    assert re.search(r"8×6 +float32 +TSVMerge +1$", lines["net.0.weight"])
+    assert re.search(r"8 +float32 +mean of the task vectors +1$", lines["net.0.bias"])
+    assert lines["net.2.weight"].endswith("average of the experts")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_of_a_mistake(pool, capsys):
+    given = ("--pool=pool", "--output=merged", "--tasks=[one]", "--dry-run")
+    code, _, err = run(capsys, "merge", *QUIET, *given)
+    assert code == 1
+    assert "a merge needs at least two experts" in err
+    assert merged(capsys, "--dry-run", "false").tasks
 
 
 # one file for all commands ------------------------------------------------------------------------

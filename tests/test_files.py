@@ -78,3 +78,11 @@ def test_manifests_that_cannot_be_read(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(ValueError, match=message):
         files.read_json(path, "thing", 2)
+
+
+def test_lists_of_numbers_stand_on_one_line(tmp_path):
+    value = {"a": [1, -2.5e-9], "b": ["1", 2], "c": [], "d": [[0.5], {"e": "[\n1\n]"}]}
+    files.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert '"a": [1, -2.5e-09]' in text
+    assert json.loads(text) == value

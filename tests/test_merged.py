@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -185,3 +186,23 @@ def test_a_program_needs_an_example(tmp_path, model):
     with pytest.raises(ValueError, match="give example="):
         model.export(tmp_path / "x.pt2", {"a": 1.0}, "a", format="torch_export")
     assert not (tmp_path / "x.pt2").exists()
+
+
+def test_timm_loads_the_tailored_model_from_its_folder(tmp_path):
+    network = convnext()
+    arguments = {"in_chans": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 8, 12]}
+    arguments |= {"model_name": "convnext_atto", "patch_size": 2, "kernel_sizes": 3}
+    spec = {"class_path": "timm.create_model", "init_args": arguments | {"num_classes": 0}}
+    found = merged(network, "head.fc", (1, 32, 32), spec)
+    folder = found.export(tmp_path / "timm", {"a": 0.5, "c": 0.5}, "c", format="timm")
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(loaded(x), found.with_preference({"a": 0.5, "c": 0.5}, "c").eval()(x))
+
+
+def test_a_timm_folder_needs_a_network_of_timm_and_one_task(tmp_path, model):
+    with pytest.raises(ValueError, match=r"built by timm\.create_model"):
+        model.export(tmp_path / "timm", {"a": 1.0}, "a", format="timm")
+    with pytest.raises(ValueError, match="one task"):
+        model.export(tmp_path / "timm", {"a": 1.0}, format="timm")
+    assert not (tmp_path / "timm").exists()

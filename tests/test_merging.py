@@ -1,4 +1,6 @@
 import copy
+import json
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from torch import nn
 import lightning_merge.calibrating as calibrating
 from lightning_merge import ExpertPool, MergedModel, merge_experts
 from lightning_merge.correction import CorrectionOptions
-from lightning_merge.methods import Average, TaskArithmetic
+from lightning_merge.methods import Average, TaskArithmetic, TSVMerge
 from lightning_merge.networks import representation, split_state
+from lightning_merge.runtime import Runtime, memory_in_use
 from tests.networks import KINDS, MLP, make, tuned
 
 TASKS = ("a", "b", "c")
@@ -261,3 +264,64 @@ def test_bad_preferences(preference, error, message):
         model.with_preference(preference)
     with pytest.raises(KeyError, match="unknown task 'x'"):
         model.with_preference({"a": 1.0}, "x")
+
+
+def test_the_record_has_the_merge_report(tmp_path):
+    base = make("mlp")[0]
+    experts = experts_of(base, "net.9")
+    options = {"base": base, "head": "net.9", "correction": None}
+    model = merge_experts(experts, TSVMerge(), **options)
+    vectors = [
+        torch.cat(
+            [
+                (value - split_state(base, "net.9")[0][name]).flatten()
+                for name, value in split_state(expert, "net.9")[0].items()
+            ]
+        )
+        for expert in experts.values()
+    ]
+    np.testing.assert_allclose(
+        model.report["total"]["norms"], [float(v.norm()) for v in vectors], rtol=1e-4
+    )
+    assert model.report["fallback"]["mean"]["names"][0] == "net.0.bias"
+    assert len(model.report["layers"]) == 5
+    model.save(tmp_path / "m")
+    manifest = json.loads((tmp_path / "m" / "merged.json").read_text())
+    assert manifest["merge"] == model.report
+    assert MergedModel.load(tmp_path / "m", module=base).report == model.report
+    assert merge_experts(experts, report="off", **options).report == {}
+    brief = merge_experts(experts, report="brief", **options).report
+    assert "singular_interference" in model.report["total"]
+    assert "singular_interference" not in brief["total"]
+
+
+def test_experts_of_another_base():
+    base = make("mlp")[0]
+    experts = {"near": tuned(base, 0), "far": tuned(make("mlp")[0], 1, amount=2.0)}
+    options = {"base": base, "head": "net.9", "correction": None}
+    with pytest.warns(UserWarning, match="'far' is implausibly far from the base"):
+        merge_experts(experts, **options)
+    with pytest.raises(ValueError, match="'far' is implausibly far from the base"):
+        merge_experts(experts, same_base="error", **options)
+    with pytest.warns(UserWarning, match="'same' is the base itself"):
+        merge_experts({"near": experts["near"], "same": base}, **options)
+
+
+def test_a_bar_names_every_parameter_and_the_memory():
+    base = make("mlp")[0]
+    seen = []
+
+    def progress(items, total, description, note=None):
+        for item in items:
+            seen.append((description, total, note(item) if note else None))
+            yield item
+
+    runtime = Runtime(progress=progress)
+    merge_experts(
+        experts_of(base, "net.9"), base=base, head="net.9", correction=None, runtime=runtime
+    )
+    for description in ("Measuring", "Merging"):
+        notes = [note for found, _, note in seen if found == description]
+        assert len(notes) == 10
+        assert re.fullmatch(r"net\.0\.weight, \d+\.\d\d GiB", notes[0])
+    assert memory_in_use() > 2**20

@@ -10,7 +10,8 @@ import torch
 from lightning_merge.checkpoints import read_checkpoint
 from lightning_merge.files import save_tensors
 from lightning_merge.networks import split_state
-from lightning_merge.pool import ExpertPool, build_network, fingerprint
+from lightning_merge.pool import ExpertPool, build_network
+from lightning_merge.states import fingerprint
 from tests.networks import KINDS, MLP, make, tuned
 
 HEAD = "net.9"

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_merge import ExpertPool, MergedModel, merge_experts
 from lightning_merge.correction import CorrectionOptions
-from lightning_merge.correction.sums import fold_of
+from lightning_merge.functional.sums import fold_of
+from lightning_merge.merging import measure
 from lightning_merge.methods import Average, TaskArithmetic
 from lightning_merge.networks import representation
 from lightning_merge.selecting import (
@@ -130,6 +131,19 @@ def test_the_first_of_equals_is_kept(setting):
     assert [c.method for c in selection.candidates] == [methods[0]] * 2 + [methods[1]] * 2
 
 
+def test_the_report_is_made_once_and_tells_of_the_best(setting, monkeypatch):
+    base, head, experts, inputs = setting
+    counted = []
+    monkeypatch.setattr(
+        "lightning_merge.selecting.measure", lambda *a: counted.append(1) or measure(*a)
+    )
+    monkeypatch.setattr("lightning_merge.merging.measure", lambda *a: pytest.fail("again"))
+    kept = Average(exclude=("net.0.*",), otherwise="base")
+    found = select_merge(experts, [kept, kept], inputs, corrections=[FIXED], base=base, head=head)
+    assert len(counted) == 1
+    assert found.model.report["fallback"]["base"]["names"] == ["net.0.weight", "net.0.bias"]
+
+
 def test_only_tasks_with_preference_count(setting):
     base, head, experts, inputs = setting
     selection = select_merge(
@@ -148,7 +162,10 @@ def test_experts_that_need_no_correction_warn():
     base = MLP()
     experts = {task: copy.deepcopy(base) for task in "ab"}
     inputs = {task: torch.randn(20, 6) for task in experts}
-    with pytest.warns(UserWarning, match=r"not improved by any correction.*uncorrected\(\)"):
+    with (
+        pytest.warns(UserWarning, match=r"not improved by any correction.*uncorrected\(\)"),
+        pytest.warns(UserWarning, match="no expert differs from the base"),
+    ):
         select_merge(experts, [Average()], inputs, corrections=[FIXED], base=base, head="net.9")
 
 

@@ -20,6 +20,7 @@ from lightning_merge.checkpoints import read_checkpoint
 from lightning_merge.merging import merge_experts
 from lightning_merge.networks import get_submodule, name_within, plain_copy
 from lightning_merge.pool import FIT_SECONDS, ExpertPool
+from lightning_merge.report import merge_pictures
 from lightning_merge.states import StateDict
 from lightning_merge.strategies import on_first, runtime_of
 
@@ -131,7 +132,7 @@ class MergeCallback(Callback):
             tasks=self.tasks,
             runtime=runtime_of(trainer),
         )
-        on_first(trainer, lambda: model.save(self.merged))
+        on_first(trainer, lambda: model.save(self.merged, pictures=merge_pictures(model.report)))
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Refuse what would fail after the training; return the fingerprint of the base."""

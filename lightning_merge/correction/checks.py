@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from lightning_merge.correction.choice import Choice
 from lightning_merge.correction.statistics import CorrectionStatistics
+
+Head = tuple[Tensor, Tensor | None]
+"""Weight (K, k) and bias (K,) of a linear head."""
 
 
 def check_option(name: str, value: object, known: Sequence[str]) -> None:
@@ -32,7 +36,7 @@ def check_statistics(statistics: Mapping[str, CorrectionStatistics]) -> None:
 
 
 def check_heads(
-    heads: Mapping[str, tuple[Tensor, Tensor | None]],
+    heads: Mapping[str, Head],
     statistics: Mapping[str, CorrectionStatistics],
 ) -> None:
     """Raise if a head is of an unknown task or does not read the task's representation.
@@ -64,3 +68,43 @@ def check_widths(statistics: Mapping[str, CorrectionStatistics]) -> None:
             f"tasks of different expert widths have positive preference: {widths}. They share no "
             "map: ask for one-hot preferences, one at a time."
         )
+
+
+def check_beta(
+    beta: float | str | Mapping[str, float], tasks: list[str], subset: bool = False
+) -> None:
+    """Raise a ``ValueError`` unless there is a ridge for each task, or, in a subset, at least."""
+    if isinstance(beta, str):
+        check_option("beta", beta, ("auto",))
+        return
+    if isinstance(beta, Mapping):
+        missing = [task for task in tasks if task not in beta]
+        if missing or (not subset and len(beta) != len(tasks)):
+            raise ValueError(f"beta for {sorted(beta)}; expected one for each of {tasks}.")
+    for value in beta.values() if isinstance(beta, Mapping) else [beta]:
+        Choice(beta=float(value))
+
+
+def checked_metric(
+    metric: str,
+    heads: Mapping[str, Head] | None,
+    statistics: Mapping[str, CorrectionStatistics],
+    aggregation: str,
+    bias: str,
+) -> Mapping[str, Head] | None:
+    """The heads that the metric uses, if any, where the options go together.
+
+    Raises:
+        ValueError: If options exclude each other, or a head is missing.
+    """
+    if aggregation == "polar" and bias == "shared":
+        raise ValueError("aggregation='polar' has no shared bias: use bias='none' or 'per_task'.")
+    if metric == "representation":
+        return None
+    if aggregation != "data_aware":
+        raise ValueError(f"metric='head' and aggregation='{aggregation}' exclude each other.")
+    missing = [task for task in statistics if task not in (heads or {})]
+    if heads is None or missing:
+        raise ValueError(f"metric='head' needs the head of every task; missing: {missing}.")
+    check_heads(heads, statistics)
+    return dict(heads)

@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 
 from lightning_merge.correction.checks import (
+    Head,
+    check_beta,
     check_heads,
     check_option,
     check_statistics,
     check_widths,
+    checked_metric,
 )
 from lightning_merge.correction.choice import BetaMode, Choice
 from lightning_merge.correction.fit import Bias
-from lightning_merge.correction.fitted import FitOptions, FittedTasks, Head, Prior, TaskScale
+from lightning_merge.correction.fitted import FitOptions, FittedTasks, Prior, TaskScale
+from lightning_merge.correction.folding import HeadFolder
 from lightning_merge.correction.front import EdgeFront
 from lightning_merge.correction.head_maps import HeadMetric
 from lightning_merge.correction.linear_map import LinearMap
-from lightning_merge.correction.mixture import HeadRows, needs_limit
+from lightning_merge.correction.mixture import needs_limit
 from lightning_merge.correction.report import task_reports
 from lightning_merge.correction.search import BetaSearch
 from lightning_merge.correction.solver import Aggregation, MixtureSolver, Scalarization
@@ -103,9 +107,9 @@ class ClosedFormCorrection:
         check_option("scalarization", scalarization, get_args(Scalarization))
         check_option("aggregation", aggregation, get_args(Aggregation))
         check_statistics(statistics)
-        _check_beta(beta, list(statistics))
+        check_beta(beta, list(statistics))
         Choice(anchor=float(anchor))
-        used = _checked_metric(metric, heads, statistics, aggregation, bias)
+        used = checked_metric(metric, heads, statistics, aggregation, bias)
         self.metric, self.scalarization, self.aggregation = metric, scalarization, aggregation
         self.strict, self.memory_cap = strict, memory_cap
         self.options = FitOptions(
@@ -124,7 +128,12 @@ class ClosedFormCorrection:
         caps = [c["mixing_cap"] for c in (choices or {}).values() if "mixing_cap" in c]
         cap = min(caps) if len(known) == len(statistics) and caps else None
         self.fitted = FittedTasks(dict(statistics), self.options, used, known, mixing_cap=cap)
-        self.solver = MixtureSolver(self.fitted, scalarization, aggregation)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Nothing is solved yet for these tasks."""
+        self.solver = MixtureSolver(self.fitted, self.scalarization, self.aggregation)
+        self._folder = HeadFolder(self.fitted, self.solver, self.memory_cap)
 
     @classmethod
     def paper(cls, statistics: Mapping[str, CorrectionStatistics]) -> "ClosedFormCorrection":
@@ -208,14 +217,14 @@ class ClosedFormCorrection:
         options = self.options
         if isinstance(options.beta, Mapping):
             # A new task has no ridge of its own: then one must be found by the caller.
-            _check_beta(options.beta, list(statistics), subset=True)
+            check_beta(options.beta, list(statistics), subset=True)
         check_statistics(statistics)
         if heads is not None:
             check_heads(heads, statistics)
         copy = object.__new__(ClosedFormCorrection)
         copy.__dict__.update(self.__dict__)
         copy.fitted = self.fitted.with_statistics(statistics, heads)
-        copy.solver = MixtureSolver(copy.fitted, self.scalarization, self.aggregation)
+        copy._prepare()
         return copy
 
     def solve(self, preference: Preference, task: str | None = None) -> LinearMap:
@@ -316,28 +325,8 @@ class ClosedFormCorrection:
         """
         P = as_preferences(preferences, self.tasks, strict=self.strict)
         check_heads(heads, self.statistics)
-        device = next(iter(self.statistics.values())).device
-        wide = {t: H.detach().to(device, torch.float64) for t, (H, _) in heads.items()}
-        stacked = HeadRows(torch.cat(list(wide.values())), points=len(P))
-        sizes = [len(H) for H in wide.values()]
-        for chunk in P.split(self._chunk(len(P), rows=sum(sizes))):
-            rows = self.solver.maps(chunk, stacked).split(sizes, dim=1)
-            yield {
-                task: self._folded(task, part, H, heads[task][1])
-                for (task, H), part in zip(wide.items(), rows, strict=True)
-            }
-
-    def _folded(
-        self, task: str, rows: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        offset = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(weight)
-        offset = offset.expand(len(rows), -1)
-        if self.bias == "shared":
-            return rows[..., :-1], offset + rows[..., -1]
-        if self.bias == "per_task":
-            total = self.fitted.fit(task).total
-            return rows, offset + weight @ total.mean_expert - rows @ total.mean_merged
-        return rows, offset
+        chunk = self._chunk(len(P), rows=sum(len(H) for H, _ in heads.values()))
+        yield from self._folder.folded(P, heads, chunk, self.bias)
 
     def front(self, a: str, b: str) -> EdgeFront:
         """All mixtures of two tasks at once, by one generalised eigenproblem.
@@ -369,37 +358,3 @@ class ClosedFormCorrection:
         rows = max(rows, k) if self.metric == "head" or not rows else rows
         copies = 12 if self.metric == "head" else 4
         return max(1, min(count, self.memory_cap // (8 * copies * D * (D + rows))))
-
-
-def _check_beta(
-    beta: float | str | Mapping[str, float], tasks: list[str], subset: bool = False
-) -> None:
-    if isinstance(beta, str):
-        check_option("beta", beta, ("auto",))
-        return
-    if isinstance(beta, Mapping):
-        missing = [task for task in tasks if task not in beta]
-        if missing or (not subset and len(beta) != len(tasks)):
-            raise ValueError(f"beta for {sorted(beta)}; expected one for each of {tasks}.")
-    for value in beta.values() if isinstance(beta, Mapping) else [beta]:
-        Choice(beta=float(value))
-
-
-def _checked_metric(
-    metric: str,
-    heads: Mapping[str, Head] | None,
-    statistics: Mapping[str, CorrectionStatistics],
-    aggregation: str,
-    bias: str,
-) -> Mapping[str, Head] | None:
-    if aggregation == "polar" and bias == "shared":
-        raise ValueError("aggregation='polar' has no shared bias: use bias='none' or 'per_task'.")
-    if metric == "representation":
-        return None
-    if aggregation != "data_aware":
-        raise ValueError(f"metric='head' and aggregation='{aggregation}' exclude each other.")
-    missing = [task for task in statistics if task not in (heads or {})]
-    if heads is None or missing:
-        raise ValueError(f"metric='head' needs the head of every task; missing: {missing}.")
-    check_heads(heads, statistics)
-    return dict(heads)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_merge.correction.choice import BetaMode, Choice, beta_unit, prior_matrix
 from lightning_merge.correction.moments import Moments
-from lightning_merge.functional.ridge import ridgeless, solve_right
+from lightning_merge.functional.ridge import ridge_towards
 
 Bias = Literal["none", "shared", "per_task"]
 
@@ -109,13 +109,7 @@ class TaskFit:
     def own(self) -> Tensor:
         """W_t, or [W_t, b_t] with a shared bias: the best map of this task alone, (k, D)."""
         moments = self.fitted
-        if math.isinf(self.beta):
-            W = self.prior
-        elif self.beta == 0:
-            W = ridgeless(moments.cross, moments.gram, self.prior)
-        else:
-            ridge = self.beta * torch.eye(len(moments.gram)).to(moments.gram)
-            W = solve_right(moments.cross + self.beta * self.prior, moments.gram + ridge)
+        W = ridge_towards(moments.cross, moments.gram, self.prior, self.beta)
         if self.bias != "shared":
             return W
         return torch.cat([W, self.offset(W)[:, None]], 1)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_merge.correction.checks import Head
 from lightning_merge.correction.choice import BetaMode, Choice
 from lightning_merge.correction.fit import MIXING_CAP, Bias, TaskFit
 from lightning_merge.correction.head_maps import HeadMetric, read_rows
@@ -27,7 +28,6 @@ from lightning_merge.correction.statistics import CorrectionStatistics
 
 TaskScale = Literal["none", "per_sample", "per_energy", "per_gap"]
 Prior = Literal["auto", "procrustes", "scaled", "identity", "svd"]
-Head = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,19 @@
 """Maps for mixtures of tasks, in the metric of the tasks' heads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_merge.correction.checks import Head
 from lightning_merge.correction.fit import TaskFit
+from lightning_merge.correction.mixture import HeadRows, shared_maps
 from lightning_merge.functional.head_metric import (
+    Decoupling,
     HeadSystem,
     conjugate_gradients,
-    decoupled_map,
     independent,
     readout,
     row_space,
@@ -44,6 +47,10 @@ class HeadMetric:
             )
 
 
+PATTERNS = 8
+"""Sets of active tasks whose decoupling is kept."""
+
+
 @dataclass
 class HeadSolver:
     """Solves mixtures in the head metric; keeps the last solutions as first guesses.
@@ -60,26 +67,67 @@ class HeadSolver:
     residual: float = 0.0
     """Largest certified relative residual so far."""
     _last: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _decoupled: dict[tuple[int, ...], Decoupling] = field(default_factory=dict, repr=False)
 
-    def maps(self, weights: Tensor, shared: Tensor) -> Tensor:
-        """The maps (P, k, D) for weights (P, T), given those of the representation metric."""
-        result = torch.empty_like(shared)
+    def maps(self, weights: Tensor, heads: HeadRows | None = None) -> Tensor:
+        """The maps (P, k, D) for weights (P, T), or ``heads.weight @ maps``."""
         # Tasks without weight have no effect: each set of active tasks is its own problem.
         patterns, group = torch.unique(weights > 0, dim=0, return_inverse=True)
+        parts, places = [], []
         for number, pattern in enumerate(patterns):
             chosen = (group == number).nonzero().flatten()
-            active = pattern.nonzero().flatten().tolist()
-            result[chosen] = self._active_maps(active, weights[chosen], shared[chosen])
-        return result
+            active = tuple(pattern.nonzero().flatten().tolist())
+            parts.append(self._active_maps(active, weights[chosen], heads))
+            places.append(chosen)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[torch.cat(places).argsort().to(parts[0].device)]
 
-    def _active_maps(self, active: list[int], weights: Tensor, shared: Tensor) -> Tensor:
+    def _active_maps(
+        self, active: tuple[int, ...], weights: Tensor, heads: HeadRows | None
+    ) -> Tensor:
         fits = [self.fits[i] for i in active]
         if len(fits) == 1:
-            return fits[0].own.expand_as(shared)
-        bases = [row_space(self.rows[i])[0] for i in active]
-        if independent(bases):
-            return decoupled_map(shared, bases, [fit.own for fit in fits])
-        w = weights[:, active].to(shared)
+            own = fits[0].own if heads is None else heads.weight @ fits[0].own
+            return own.expand(len(weights), -1, -1)
+        w = weights[:, list(active)]
+        decoupled = self._decoupling(active)
+        if decoupled is None:
+            maps = self._competing(active, weights)
+            return maps if heads is None else heads.weight @ maps
+        if heads is None:
+            return decoupled.maps(shared_maps(fits, w))
+        if heads.decoupled is None or heads.decoupled[0] is not decoupled:
+            heads.decoupled = decoupled, *_fewest_rows(heads, decoupled)
+        _, left, index, constant = heads.decoupled
+        left.points += len(weights)
+        return shared_maps(fits, w, left)[:, index] + constant
+
+    def _decoupling(self, active: tuple[int, ...]) -> Decoupling | None:
+        """How these tasks are served at once; None if their heads compete."""
+        if not (self.all_independent or independent([self._bases[i] for i in active])):
+            return None
+        if active not in self._decoupled:
+            while len(self._decoupled) >= PATTERNS:
+                del self._decoupled[next(iter(self._decoupled))]
+            self._decoupled[active] = Decoupling.of(
+                [self._bases[i] for i in active], [self.fits[i].own for i in active]
+            )
+        return self._decoupled[active]
+
+    @cached_property
+    def _bases(self) -> list[Tensor]:
+        return [row_space(H)[0] for H in self.rows]
+
+    @cached_property
+    def all_independent(self) -> bool:
+        """Whether no heads compete; then those of fewer tasks don't either."""
+        return independent(self._bases)
+
+    def _competing(self, active: tuple[int, ...], weights: Tensor) -> Tensor:
+        fits = [self.fits[i] for i in active]
+        shared = shared_maps(fits, weights[:, list(active)])
+        w = weights[:, list(active)].to(shared)
         w = w / w.amax(1, keepdim=True)
         system = HeadSystem(
             rows=[self.rows[i] for i in active],
@@ -109,6 +157,43 @@ class HeadSolver:
         return torch.where((distance < 0.5)[:, None, None].to(maps.device), maps[nearest], shared)
 
 
+def decouple(heads: Mapping[str, Head], options: HeadMetric) -> bool:
+    """Whether heads read independent directions, so that the head metric has a closed form.
+
+    Heads of different widths never share a map. A head that reads nothing has no metric.
+    """
+    bases: dict[int, list[Tensor]] = {}
+    for weight, _ in heads.values():
+        try:
+            rows = readout(weight.detach().double(), centre=options.centre)
+        except ValueError:
+            return False
+        bases.setdefault(rows.shape[1], []).append(row_space(rows)[0])
+    return all(independent(group) for group in bases.values())
+
+
 def read_rows(weight: Tensor, like: Tensor, options: HeadMetric) -> Tensor:
     """What a task's head reads, (r, k), as the statistics' dtype and device."""
     return readout(weight.detach().to(like), centre=options.centre)
+
+
+EQUAL = 1e-10
+"""Rows count as equal up to this part of the head."""
+
+
+def _fewest_rows(heads: HeadRows, decoupled: Decoupling) -> tuple[HeadRows, Tensor, Tensor]:
+    """Rows of the shared map that folded heads depend on, whose each row is, and the rest.
+
+    A head of an active task depends on it by one row alone, which all classes share.
+    """
+    left, constant = decoupled.split(heads.weight)
+    kept, index, start = [], [], 0
+    for rows, H in zip(left.split(heads.sizes), heads.weight.split(heads.sizes), strict=True):
+        mean = rows.mean(0, keepdim=True)
+        same = bool((rows - mean).norm() <= EQUAL * H.norm())
+        kept.append(mean if same else rows)
+        places = torch.zeros(len(rows)) if same else torch.arange(len(rows))
+        index.append(start + places.long())
+        start += len(kept[-1])
+    stacked = torch.cat(kept)
+    return HeadRows(stacked, [len(stacked)]), torch.cat(index).to(stacked.device), constant

@@ -1,38 +1,52 @@
 """Maps for weighted mixtures of tasks, in the representation metric."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_merge.correction.fit import TaskFit
+from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.functional.ridge import ridgeless, solve_right
+
+TOGETHER = 8
+"""Preferences mixed by one product: enough to read the tasks' matrices once for several of them,
+few enough that the mixtures stay in the cache until they are factorised."""
 
 
 @dataclass
 class HeadRows:
-    """Stacked rows of linear heads that read the maps, for a known number of preferences."""
+    """Stacked rows of linear heads that read the maps, kept from query to query."""
 
     weight: Tensor
     """H, (R, k)."""
-    points: int
-    """Preferences that will be asked for."""
-    _read: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
+    sizes: Sequence[int] = ()
+    """Rows of each head, one after another; by default they are one."""
+    points: int = 0
+    """Preferences that were asked for."""
+    decoupled: Any = field(default=None, repr=False)
+    """What the head metric keeps for its next query of these rows."""
+    _read: dict[str, tuple[TaskFit, Tensor]] = field(default_factory=dict, repr=False)
 
-    def targets(self, fits: Sequence[TaskFit]) -> Tensor | None:
-        """H N_t of every task, (T, R, D), if that saves work over the preferences.
+    def targets(self, fits: Sequence[TaskFit]) -> list[Tensor] | None:
+        """H N_t of every task, (R, D) each, once that saves work over the preferences.
 
         Made once, they spare a product of R k D for every preference, and solve for R rows.
         """
-        work = len(self.weight) * len(fits)
-        if self.points == 1 or work >= self.weight.shape[1] * self.points:
+        if len(self.weight) * len(fits) >= self.weight.shape[1] * self.points:
             return None
-        key = tuple(fit.task for fit in fits)
-        if key not in self._read:
-            self._read[key] = torch.stack([self.weight @ fit.target for fit in fits])
-        return self._read[key]
+        for fit in fits:
+            if fit.task not in self._read or self._read[fit.task][0] is not fit:
+                self._read[fit.task] = fit, self.weight @ fit.target
+        return [self._read[fit.task][1] for fit in fits]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are kept."""
+        return sum(read.nbytes for _, read in self._read.values()) + self.weight.nbytes
 
 
 def mixed_maps(
@@ -54,31 +68,64 @@ def mixed_maps(
     # Weights are only a direction: with a largest of one, the sums keep the scale of the data.
     w = weights.to(fits[0].curvature)
     w = w / w.amax(1, keepdim=True)
-    curvature = mixed(w, [fit.curvature for fit in fits])
     read = None if heads is None else heads.targets(fits)
-    if read is not None:
-        return solve_right(mixed(w, list(read)), curvature)
-    target = mixed(w, [fit.target for fit in fits])
-    if heads is None:
-        return solve_right(target, curvature)
-    if len(heads.weight) < target.shape[1]:
-        return solve_right(heads.weight @ target, curvature)
-    return heads.weight @ solve_right(target, curvature)
+    curvatures = _mixer([fit.curvature for fit in fits], len(w))
+    targets = _mixer([fit.target for fit in fits] if read is None else read, len(w))
+
+    def solved(part: Tensor) -> Tensor:
+        curvature, target = curvatures(part), targets(part)
+        if heads is None or read is not None:
+            return solve_right(target, curvature)
+        if len(heads.weight) < target.shape[1]:
+            return solve_right(heads.weight @ target, curvature)
+        return heads.weight @ solve_right(target, curvature)
+
+    parts = w.split(TOGETHER)
+    size = fits[0].curvature.numel() if w.device.type == "cpu" else 0
+    found = map_on_cores(solved, parts, size=size)
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def mixed(weights: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Weighted sums of matrices, (P, k, D) for weights (P, T)."""
-    if len(weights) > 2:
+    return _mixer(matrices, len(weights))(weights)
+
+
+def _mixer(matrices: Sequence[Tensor], points: int) -> Callable[[Tensor], Tensor]:
+    if points > 2:
         stack = torch.stack(list(matrices))
-        return (weights @ stack.flatten(1)).unflatten(1, stack.shape[1:])
+        return lambda weights: (weights @ stack.flatten(1)).unflatten(1, stack.shape[1:])
+
     # For one preference, stacking would move more memory than the sum itself.
-    sums = []
-    for row in weights.tolist():
-        total = row[0] * matrices[0]
-        for w, matrix in zip(row[1:], matrices[1:], strict=True):
-            total.add_(matrix, alpha=w)
-        sums.append(total)
-    return torch.stack(sums) if len(sums) > 1 else sums[0][None]
+    def looped(weights: Tensor) -> Tensor:
+        sums = [_sum(row, matrices) for row in weights.tolist()]
+        return sums[0][None] if len(sums) == 1 else torch.stack(sums)
+
+    return looped
+
+
+def _sum(weights: Sequence[float], matrices: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * matrices[0]
+    for weight, matrix in zip(weights[1:], matrices[1:], strict=True):
+        total.add_(matrix, alpha=weight)
+    return total
+
+
+def shared_maps(fits: Sequence[TaskFit], weights: Tensor, heads: HeadRows | None = None) -> Tensor:
+    """Maps (P, k, D), or heads times maps, for any ridges, limits included."""
+    extreme = any(fit.ridge in (0, math.inf) for fit in fits)
+    if extreme and any(needs_limit(_used(fits, row)) for row in weights):
+        rows = []
+        for row in weights:
+            used, w = _used(fits, row), row[row > 0]
+            single = limit_map(used, w)[None] if needs_limit(used) else mixed_maps(used, w[None])
+            rows.append(single if heads is None else heads.weight @ single)
+        return torch.cat(rows)
+    return mixed_maps(fits, weights, heads)
+
+
+def _used(fits: Sequence[TaskFit], weights: Tensor) -> list[TaskFit]:
+    return [fit for fit, w in zip(fits, weights.tolist(), strict=True) if w > 0]
 
 
 def needs_limit(fits: Sequence[TaskFit]) -> bool:

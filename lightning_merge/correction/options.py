@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from torch import Tensor
-
-from lightning_merge.correction.closed_form import ClosedFormCorrection
+from lightning_merge.correction.checks import Head
+from lightning_merge.correction.closed_form import ClosedFormCorrection, Metric
+from lightning_merge.correction.head_maps import HeadMetric, decouple
 from lightning_merge.correction.statistics import CorrectionStatistics
 
 
@@ -26,15 +26,22 @@ class CorrectionOptions:
     """What equal preference weighs alike: sums (the paper's), means, or relative errors."""
     bias: Literal["none", "shared", "per_task"] = "none"
     """Whether the correction has a bias."""
-    metric: Literal["representation", "head"] = "representation"
-    """Error that is minimised: of the representation (the paper's), or of what the heads read."""
+    metric: Literal["auto", "representation", "head"] = "auto"
+    """Error that is minimised: of the representation (the paper's), or of what the heads read;
+    auto: of what they read, unless they compete for directions, which takes long to solve."""
     scalarization: Literal["linear", "chebyshev"] = "linear"
     """How losses of tasks are traded: summed (the paper's), or the worst weighted one."""
 
     @classmethod
     def paper(cls) -> "CorrectionOptions":
         """The published recipe (arXiv 2511.10943): absolute β = 0.1 on raw sums, plain SVD."""
-        return cls(beta=0.1, beta_mode="absolute", prior="svd", task_scale="none")
+        return cls(
+            beta=0.1,
+            beta_mode="absolute",
+            prior="svd",
+            task_scale="none",
+            metric="representation",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; an infinite ridge is the string ``"inf"``."""
@@ -53,15 +60,29 @@ class CorrectionOptions:
     def build(
         self,
         statistics: Mapping[str, CorrectionStatistics],
-        heads: Mapping[str, tuple[Tensor, Tensor | None]],
+        heads: Mapping[str, Head],
         choices: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> ClosedFormCorrection:
         """Make the correction of some tasks.
+
+        ``metric="auto"`` is settled here, for these heads: ``correction.metric`` says how.
 
         Args:
             statistics: Sums of every task's features.
             heads: First linear layer of every task's head: weight ``(K, k)`` and bias ``(K,)``.
             choices: What an earlier search chose, which is then not searched again.
         """
-        read = heads if self.metric == "head" else None
-        return ClosedFormCorrection(statistics, heads=read, choices=choices, **asdict(self))
+        metric = self._metric_for(heads)
+        return ClosedFormCorrection(
+            statistics,
+            heads=heads if metric == "head" else None,
+            choices=choices,
+            **asdict(self) | {"metric": metric},
+        )
+
+    def _metric_for(self, heads: Mapping[str, Head]) -> Metric:
+        if self.metric != "auto":
+            return self.metric
+        # Exact ratios of losses have a meaning only where there is a trade-off.
+        settled = self.scalarization == "linear" and decouple(heads, HeadMetric())
+        return "head" if settled else "representation"

@@ -11,7 +11,7 @@ from lightning_merge.correction.checks import check_widths
 from lightning_merge.correction.fit import TaskFit
 from lightning_merge.correction.fitted import FittedTasks
 from lightning_merge.correction.head_maps import HeadSolver
-from lightning_merge.correction.mixture import HeadRows, limit_map, mixed_maps, needs_limit
+from lightning_merge.correction.mixture import HeadRows, shared_maps
 from lightning_merge.functional.chebyshev import chebyshev_weights
 
 Scalarization = Literal["linear", "chebyshev"]
@@ -45,11 +45,17 @@ class MixtureSolver:
         weights = preferences * torch.tensor(scales, dtype=torch.float64)
         if self.scalarization == "linear":
             return weights
-        return torch.stack([self._chebyshev(p) for p in preferences])
+        return torch.stack(
+            [self._chebyshev(p, row) for p, row in zip(preferences, weights, strict=True)]
+        )
 
-    def _chebyshev(self, preference: Tensor) -> Tensor:
+    def _chebyshev(self, preference: Tensor, linear: Tensor) -> Tensor:
         active = preference.nonzero().flatten().tolist()
         names = [self.tasks[i] for i in active]
+        if len(names) == 1 or (
+            self.fitted.heads is not None and self._solver(names).all_independent
+        ):
+            return linear  # every task has its own optimum: all losses are zero
         fits = self._fits(names)
         if any(fit.ridge == float("inf") for fit in fits):
             raise ValueError("scalarization='chebyshev' needs a finite beta.")
@@ -86,10 +92,12 @@ class MixtureSolver:
         self, names: list[str], weights: Tensor, heads: HeadRows | None = None
     ) -> Tensor:
         fits = self._fits(names)
+        if len(fits) == 1:  # nothing is mixed: its own map, limits of the ridge included
+            own = fits[0].own if heads is None else heads.weight @ fits[0].own
+            return own.expand(len(weights), -1, -1)
         if self.fitted.heads is None:
             return shared_maps(fits, weights, heads)
-        maps = self._solver(names).maps(weights, shared_maps(fits, weights, None))
-        return maps if heads is None else heads.weight @ maps
+        return self._solver(names).maps(weights, heads)
 
     def _fits(self, names: list[str]) -> list[TaskFit]:
         if len(names) == 1:
@@ -106,19 +114,3 @@ class MixtureSolver:
                 self.fitted.options.head,
             )
         return self._solvers[key]
-
-
-def shared_maps(fits: list[TaskFit], weights: Tensor, heads: HeadRows | None) -> Tensor:
-    """Maps of the representation metric, or heads times maps, limits of the ridge included."""
-    if any(needs_limit(_used(fits, row)) for row in weights):
-        rows = []
-        for row in weights:
-            used, w = _used(fits, row), row[row > 0]
-            single = limit_map(used, w)[None] if needs_limit(used) else mixed_maps(used, w[None])
-            rows.append(single if heads is None else heads.weight @ single)
-        return torch.cat(rows)
-    return mixed_maps(fits, weights, heads)
-
-
-def _used(fits: list[TaskFit], weights: Tensor) -> list[TaskFit]:
-    return [fit for fit, w in zip(fits, weights.tolist(), strict=True) if w > 0]

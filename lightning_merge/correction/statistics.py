@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_merge.correction.moments import Moments
-from lightning_merge.correction.sums import STATES, check_removal, fold_of, symmetric, zeros
+from lightning_merge.correction.sums import STATES, check_removal, zeros
+from lightning_merge.functional.sums import add_products, fold_of, symmetric
 
 FeatureNorm = Literal["none", "l2"]
 
@@ -175,8 +176,7 @@ class CorrectionStatistics:
         with torch.autocast(merged.device.type, enabled=False):
             weighted = omega[:, None] * merged
             weighted_expert = omega[:, None] * expert
-            states["gram"][fold].addmm_(merged.T, weighted)
-            states["cross"][fold].addmm_(expert.T, weighted)
+            add_products(states["gram"][fold], states["cross"][fold], merged, expert, weighted)
             states["expert_gram"].addmm_(expert.T, weighted_expert)
         states["energy"][fold] += (expert * weighted_expert).sum()
         states["sum_merged"][fold] += weighted.sum(0)

@@ -1,4 +1,4 @@
-"""The additive sums behind the statistics: their shapes, folds and the check of a removal."""
+"""The additive sums behind the statistics: their names, shapes and the check of a removal."""
 
 from collections.abc import Mapping
 
@@ -19,29 +19,6 @@ STATES = (
 )
 
 
-def fold_of(indices: Tensor, num_folds: int) -> Tensor:
-    """Fold of each sample, from its global index alone.
-
-    Every run of ``num_folds`` consecutive indices (from a multiple of it) is spread over all folds,
-    rotated by a hash of the run: folds of a whole set differ by at most one sample, and a set
-    sorted by class with any period is still mixed.
-
-    Args:
-        indices: Global sample indices, int64 (n,).
-        num_folds: Number of folds F.
-
-    Returns:
-        int64 (n,), from 0 to F - 1.
-    """
-    block = torch.div(indices, num_folds, rounding_mode="floor")
-    # The finaliser of SplitMix64; products wrap around, shifts are made logical by the masks.
-    h = block * -7046029254386353131
-    h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    h = h ^ ((h >> 31) & 0x1FFFFFFFF)
-    return (indices + (h & 0x7FFFFFFFFFFFFFFF) % num_folds) % num_folds
-
-
 def zeros(folds: int, d: int, k: int, device: torch.device) -> dict[str, Tensor]:
     """Empty sums of F folds for widths d and k."""
     shapes = {"n": (folds,), "n2": (folds,), "gram": (folds, d, d), "cross": (folds, k, d)}
@@ -56,11 +33,6 @@ def zeros(folds: int, d: int, k: int, device: torch.device) -> dict[str, Tensor]
         for name, shape in shapes.items()
     }
     return counts | sums
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    """The symmetric part."""
-    return (matrix + matrix.T) / 2
 
 
 def check_removal(left: Mapping[str, Tensor], before: Mapping[str, Tensor], empty: Tensor) -> None:

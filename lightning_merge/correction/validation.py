@@ -8,14 +8,13 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from lightning_merge.correction.checks import check_heads, check_widths
+from lightning_merge.correction.checks import Head, check_heads, check_widths
 from lightning_merge.correction.closed_form import ClosedFormCorrection
 from lightning_merge.correction.fit import TaskFit
-from lightning_merge.correction.fitted import Head
 from lightning_merge.correction.head_maps import HeadSolver, read_rows
 from lightning_merge.correction.mixing import held_out_error
+from lightning_merge.correction.mixture import shared_maps
 from lightning_merge.correction.moments import Moments
-from lightning_merge.correction.solver import shared_maps
 from lightning_merge.correction.statistics import CorrectionStatistics
 from lightning_merge.functional.preference import Preference, as_preference
 
@@ -31,6 +30,8 @@ class HeldOutError:
     """With the correction."""
     identity: float | None
     """Without any: the merged features as they are. None for unequal widths."""
+    scaled_identity: float | None = None
+    """Without any, but for the best common factor of the features, which changes no decision."""
 
     @property
     def gain(self) -> float | None:
@@ -121,12 +122,11 @@ def _solved(
             f"aggregation='{correction.aggregation}' mixes finished maps and is not "
             "cross-validated: use aggregation='data_aware'."
         )
-    maps = shared_maps(fits, weights, None)
     own_rows = [correction.fitted.rows(task) for task in names]
     solver_rows = [H for H in own_rows if H is not None]
     if solver_rows:
-        maps = HeadSolver(fits, solver_rows, correction.options.head).maps(weights, maps)
-    return maps[0]
+        return HeadSolver(fits, solver_rows, correction.options.head).maps(weights)[0]
+    return shared_maps(fits, weights)[0]
 
 
 def _measured_rows(
@@ -153,7 +153,17 @@ def _relative(
     return HeldOutError(
         corrected=(corrected + missing) / variance,
         identity=(identity + missing) / variance if k == d else None,
+        scaled_identity=_scaled(total, rows) / variance if k == d else None,
     )
+
+
+def _scaled(total: Moments, rows: Tensor | None) -> float:
+    """Squared error of the best multiple of the merged features."""
+    read = total.read_by(rows)
+    eye = torch.eye(len(total.gram)).to(total.gram) if rows is None else rows
+    energy = float(((eye @ total.gram) * eye).sum())
+    common = max(float((read.cross * eye).sum()), 0.0)
+    return read.energy - (common**2 / energy if energy > 0 else 0.0)
 
 
 def _check_folds(statistics: Mapping[str, CorrectionStatistics]) -> None:
@@ -171,8 +181,9 @@ def warn_of_harm(
 ) -> list[str]:
     """Warn where a correction is no better than none on samples it was not solved from.
 
-    Checked behind the heads, at equal preference and for every task under its own. Statistics that
-    leave no samples out cannot tell, which is a warning too.
+    Checked behind the heads, at equal preference and for every task under its own, against the best
+    multiple of the merged features: a merge shrinks features, which costs squared error but no
+    decision. Statistics that leave no samples out cannot tell, which is a warning too.
 
     Args:
         correction: The correction.
@@ -194,7 +205,7 @@ def warn_of_harm(
     harmful = []
     for name, preference in (("equal", dict.fromkeys(tasks, 1 / len(tasks))), ("one_hot", None)):
         errors = cross_validated_errors(correction, preference, heads).values()
-        pairs = [(e.corrected, e.identity) for e in errors if e.identity is not None]
+        pairs = [(e.corrected, e.scaled_identity) for e in errors if e.scaled_identity is not None]
         if not pairs:
             return []
         corrected, identity = (fmean(column) for column in zip(*pairs, strict=True))

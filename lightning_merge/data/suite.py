@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_merge.data.task import Task
@@ -71,6 +72,10 @@ class TaskSuite(LightningDataModule):
     def test_dataset(self, name: str) -> Dataset[Any]:
         """Labelled test items of one task."""
         return self._find(name).test()
+
+    def test_metric(self, name: str) -> Metric | None:
+        """What a sweep reports of one task; None is the accuracy."""
+        return self._find(name).metric()
 
     def calibration_dataset(self, name: str) -> Dataset[Any]:
         """Unlabeled calibration inputs of one task."""

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from torch.utils.data import Dataset
+from torchmetrics import Metric
 
 
 class Task(ABC):
@@ -19,6 +20,10 @@ class Task(ABC):
     @abstractmethod
     def num_classes(self) -> int | None:
         """Number of classes, which is the size of the expert's head; None where there is none."""
+
+    def metric(self) -> Metric | None:
+        """What a sweep reports, of (outputs, targets); None, the default, is the accuracy."""
+        return None
 
     def prepare(self) -> None:  # noqa: B027 - most tasks have nothing to do
         """Download or build what the splits need on disk; called once a node, on its rank zero."""

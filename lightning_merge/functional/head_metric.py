@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_merge.functional.ridge import solve_right
+
 
 def readout(weight: Float[Tensor, "c k"], *, centre: bool = True) -> Float[Tensor, "r k"]:
     r"""Rows that matter of a linear head, scaled so that :math:`\mathrm{tr}(H^\top H) = k`.
@@ -64,23 +66,40 @@ def independent(bases: Sequence[Tensor], conditioning: float = 1e-3) -> bool:
     return bool(torch.linalg.svdvals(stack)[-1] > conditioning)
 
 
-def decoupled_map(
-    shared: Float[Tensor, "*batch k d"], bases: Sequence[Tensor], own: Sequence[Tensor]
-) -> Float[Tensor, "*batch k d"]:
-    r"""The map that gives every head what its own map would, and is ``shared`` elsewhere.
+@dataclass(frozen=True)
+class Decoupling:
+    r"""The map that gives every head what its own map would, and is :math:`W_p` elsewhere.
 
     .. math:: W = W_p + V^{+} \left([V_t W_t]_t - V W_p\right)
 
     It is the limit of the metric as :math:`\rho \to 0`, and exact for independent heads.
-
-    Args:
-        shared: W_p, the maps of the representation metric.
-        bases: V_t, orthonormal bases of the heads' row spaces, independent together.
-        own: W_t, the maps of the tasks alone, (k, d).
     """
-    V = torch.cat(list(bases))
-    wanted = torch.cat([basis @ map_ for basis, map_ in zip(bases, own, strict=True)])
-    return shared + torch.linalg.pinv(V) @ (wanted - V @ shared)
+
+    basis: Tensor
+    """V, the orthonormal bases of the heads' row spaces, stacked: (q, k), independent together."""
+    inverse: Tensor
+    r""":math:`V^{+}`, (k, q)."""
+    wanted: Tensor
+    """What the tasks' own maps give the heads, (q, d)."""
+
+    @classmethod
+    def of(cls, bases: Sequence[Tensor], own: Sequence[Tensor]) -> "Decoupling":
+        """From the bases (q_t, k) and the maps of the tasks alone (k, d)."""
+        V = torch.cat(list(bases))
+        wanted = torch.cat([basis @ map_ for basis, map_ in zip(bases, own, strict=True)])
+        return cls(V, solve_right(V.T, V @ V.T), wanted)
+
+    def maps(self, shared: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch k d"]:
+        """The maps, given those of the representation metric."""
+        return shared + self.inverse @ (self.wanted - self.basis @ shared)
+
+    def split(self, rows: Float[Tensor, "r k"]) -> tuple[Tensor, Tensor]:
+        r"""E (r, k) and F (r, d) of a read-out :math:`H W = E W_p + F`.
+
+        Of a head that V holds, E is what moves all logits alike: its rows are equal.
+        """
+        read = rows @ self.inverse
+        return rows - read @ self.basis, read @ self.wanted
 
 
 @dataclass(frozen=True)

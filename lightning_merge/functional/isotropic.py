@@ -1,19 +1,20 @@
 """Iso-C and Iso-CTS: merging with a flat spectrum (Marczak et al., ICML 2025, 2502.04959)."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_merge.functional.lora import sum_factors
 from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.functional.spectral import Factors, leading_triplets, polar_and_values
-from lightning_merge.functional.tsv import joined, merge_factors
+from lightning_merge.functional.task_arithmetic import summed
+from lightning_merge.functional.tsv import Matrices, joined, merge_factors
 
 
-def iso_c(
-    task_vectors: Float[Tensor, "experts m n"], rank_tol: float = 1e-5
-) -> Float[Tensor, "m n"]:
+def iso_c(task_vectors: Matrices, rank_tol: float = 1e-5) -> Float[Tensor, "m n"]:
     r"""Sum the task vectors and give the sum a flat spectrum (Algorithm 1).
 
     .. math:: \Delta = \bar\sigma\,UV^\top,\quad \sum_t\tau_t = U\,\mathrm{diag}(\sigma)\,V^\top
@@ -28,12 +29,23 @@ def iso_c(
     Returns:
         The merged update, in float64.
     """
-    polar, values = polar_and_values(task_vectors.sum(dim=0, dtype=torch.float64), rank_tol)
+    polar, values = polar_and_values(summed(task_vectors), rank_tol)
     return polar * values.mean() if len(values) else polar
 
 
+def iso_c_of_factors(
+    ups: Sequence[Float[Tensor, "m _"]],
+    downs: Sequence[Float[Tensor, "_ n"]],
+    rank_tol: float = 1e-5,
+) -> Float[Tensor, "m n"]:
+    """:func:`iso_c` of low-rank task vectors, without forming them."""
+    total = sum_factors(ups, downs, rank_tol)
+    polar = total.left @ total.right
+    return polar * total.values.mean() if len(total.values) else polar
+
+
 def iso_cts(
-    task_vectors: Float[Tensor, "experts m n"],
+    task_vectors: Matrices,
     common_fraction: float,
     *,
     rank_tol: float = 1e-5,
@@ -54,12 +66,12 @@ def iso_cts(
     Returns:
         The merged update, in float64.
     """
-    size = min(task_vectors.shape[1:])
+    size = min(task_vectors[0].shape)
     own = task_rank(size, len(task_vectors), common_fraction)
     if own == 0:
         return iso_c(task_vectors, rank_tol)
     shared_rank = size - own * len(task_vectors)
-    total = task_vectors.sum(dim=0, dtype=torch.float64)
+    total = summed(task_vectors)
     common = leading_triplets(total, shared_rank, rank_tol)
     parts = map_on_cores(
         partial(_outside, common=common, rank=own, rank_tol=rank_tol),

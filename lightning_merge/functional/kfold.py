@@ -23,16 +23,18 @@ class HeldOutCurve:
     prior_error: float
     """Error of the prior alone, :math:`e'_f`; the limit of an infinite ridge."""
     eigenvalues: Tensor
-    """Of the training moments, (d,)."""
+    """Of the training moments, (..., d): problems side by side, whose errors are added."""
     linear: Tensor
-    """Diagonal of B_-' B_f, (d,)."""
+    """Diagonal of B_-' B_f, (..., d)."""
     quadratic: Tensor
-    """M, (d, d)."""
+    """M, (..., d, d)."""
 
     def __call__(self, betas: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Errors for absolute ridges, positive or infinite."""
-        r = 1 / (self.eigenvalues + betas[:, None])
-        return self.prior_error - 2 * r @ self.linear + ((r @ self.quadratic) * r).sum(1)
+        r = 1 / (self.eigenvalues + betas.view(-1, *[1] * self.eigenvalues.ndim))
+        linear = (r * self.linear).flatten(1).sum(1)
+        quadratic = ((r[..., None, :] @ self.quadratic)[..., 0, :] * r).flatten(1).sum(1)
+        return self.prior_error - 2 * linear + quadratic
 
 
 @dataclass(frozen=True)
@@ -43,37 +45,37 @@ class RotatedFold:
     """
 
     basis: Tensor
-    """Q, (d, d)."""
+    """Q, (..., d, d)."""
     eigenvalues: Tensor
-    """Of the other folds' second moments, (d,)."""
+    """Of the other folds' second moments, (..., d)."""
     train_cross: Tensor
-    """A_- Q, (k, d)."""
+    """A_- Q, (..., k, d)."""
     fold_cross: Tensor
-    """A_f Q, (k, d)."""
+    """A_f Q, (..., k, d)."""
     fold_gram: Tensor
-    """Q' G_f Q, (d, d)."""
+    """Q' G_f Q, (..., d, d)."""
     fold_energy: float
     """Energy of the expert features of the fold."""
 
-    def curve(self, prior: Float[Tensor, "k d"]) -> HeldOutCurve:
+    def curve(self, prior: Float[Tensor, "*batch k d"]) -> HeldOutCurve:
         """The curve of a prior that is already turned, W0 Q."""
         in_fold = prior @ self.fold_gram
-        train = self.train_cross - prior * self.eigenvalues
+        train = self.train_cross - prior * self.eigenvalues[..., None, :]
         fold = self.fold_cross - in_fold
         error = self.fold_energy + float(((in_fold - 2 * self.fold_cross) * prior).sum())
         return HeldOutCurve(
             prior_error=error,
             eigenvalues=self.eigenvalues,
-            linear=(train * fold).sum(0),
-            quadratic=(train.T @ train) * self.fold_gram,
+            linear=(train * fold).sum(-2),
+            quadratic=(train.mT @ train) * self.fold_gram,
         )
 
 
 def rotated_fold(
-    train_cross: Float[Tensor, "k d"],
-    train_gram: Float[Tensor, "d d"],
-    fold_cross: Float[Tensor, "k d"],
-    fold_gram: Float[Tensor, "d d"],
+    train_cross: Float[Tensor, "*batch k d"],
+    train_gram: Float[Tensor, "*batch d d"],
+    fold_cross: Float[Tensor, "*batch k d"],
+    fold_gram: Float[Tensor, "*batch d d"],
     fold_energy: float,
 ) -> RotatedFold:
     """Prepare one fold for any number of priors, in O(d^3 + k d^2).
@@ -93,6 +95,6 @@ def rotated_fold(
         eigenvalues=values.clamp_min(0),
         train_cross=train_cross @ Q,
         fold_cross=fold_cross @ Q,
-        fold_gram=Q.T @ fold_gram @ Q,
+        fold_gram=Q.mT @ fold_gram @ Q,
         fold_energy=fold_energy,
     )

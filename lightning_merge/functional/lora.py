@@ -29,7 +29,19 @@ def lora_factors(
 
 
 def sum_factors(
-    ups: Sequence[Float[Tensor, "m _"]], downs: Sequence[Float[Tensor, "_ n"]]
+    ups: Sequence[Float[Tensor, "m _"]],
+    downs: Sequence[Float[Tensor, "_ n"]],
+    rank_tol: float = 1e-5,
 ) -> Factors:
     """Singular triplets of the sum of low-rank updates: their factors side by side."""
-    return lora_factors(torch.cat(list(ups), dim=1), torch.cat(list(downs), dim=0))
+    return lora_factors(torch.cat(list(ups), dim=1), torch.cat(list(downs), dim=0), rank_tol)
+
+
+def sum_of_products(
+    ups: Sequence[Float[Tensor, "m _"]],
+    downs: Sequence[Float[Tensor, "_ n"]],
+    weights: Sequence[float],
+) -> Float[Tensor, "m n"]:
+    r"""The sum :math:`\sum_t w_t B_t A_t` as one product, in float64."""
+    scaled = [up.double() * weight for up, weight in zip(ups, weights, strict=True)]
+    return torch.cat(scaled, dim=1) @ torch.cat(list(downs), dim=0).double()

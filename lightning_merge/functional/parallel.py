@@ -1,18 +1,28 @@
 """Running independent decompositions side by side, one core each."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 Item = TypeVar("Item")
+Item_co = TypeVar("Item_co", covariant=True)
 Result = TypeVar("Result")
 
 
+@runtime_checkable
+class Indexed(Protocol[Item_co]):
+    """What is read by number: a sequence, or the first dimension of a tensor."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Item_co: ...
+
+
 def map_on_cores(
-    function: Callable[[Item], Result], items: Iterable[Item], *, size: int
+    function: Callable[[Item], Result], items: Indexed[Item], *, size: int
 ) -> list[Result]:
     """Apply a function of tensors to each item, as many at once as torch has threads.
 
@@ -21,15 +31,14 @@ def map_on_cores(
 
     Args:
         function: Called from several threads, with torch's own threads set to one.
-        items: Its arguments.
+        items: Its arguments; each is read where it is used, by the thread that uses it.
         size: Entries of one item; small ones are not worth a thread.
     """
     threads = torch.get_num_threads()
-    work = list(items)
-    if threads == 1 or len(work) < 2 or size < 1 << 16:
-        return [function(item) for item in work]
+    if threads == 1 or len(items) < 2 or size < 1 << 16:
+        return [function(items[i]) for i in range(len(items))]
     try:
         with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
-            return list(pool.map(function, work))
+            return list(pool.map(lambda i: function(items[i]), range(len(items))))
     finally:
         torch.set_num_threads(threads)  # the setting of the BLAS library is shared by all threads

@@ -1,6 +1,6 @@
 """Exact order statistics of a vector that is too long to hold: one pass with a sampled bracket."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final
 
@@ -29,11 +29,12 @@ class Cut:
     """The entries of a long vector with the largest magnitudes, exactly as many as asked for.
 
     Kept is what lies above ``threshold``, and of the entries at the threshold those first in flat
-    order: ``ties[i]`` of them in the i-th chunk.
+    order: ``ties[i]`` of the ``tied[i]`` in the i-th chunk.
     """
 
     threshold: float
     ties: tuple[int, ...]
+    tied: tuple[int, ...]
 
 
 def num_kept(density: float, size: int, count: Count = "round") -> int:
@@ -72,7 +73,8 @@ def largest(
     if not 0 <= kept <= size:
         raise ValueError(f"kept must lie in [0, {size}], found {kept}.")
     if kept == 0:
-        return Cut(float("inf"), tuple(0 for _ in chunks()))
+        none = tuple(0 for _ in chunks())
+        return Cut(float("inf"), none, none)
     low, high = -1.0, float("inf")
     if size > SMALL:
         stride = max(1, size // min(SAMPLE, max(SMALL, size // 128)))
@@ -116,36 +118,47 @@ def _count(chunks: Iterable[Tensor], low: float, high: float) -> _Count:
     for chunk in chunks:
         at_high, at_low, inside = 0, 0, [chunk[:0]]
         for start in range(0, len(chunk), BLOCK):
-            # NumPy compares and counts several times as fast as torch does on the CPU
-            magnitudes = np.abs(chunk[start : start + BLOCK].cpu().numpy())
-            above = magnitudes > high
-            count.above += int(np.count_nonzero(above))
-            at_high += int(np.count_nonzero(magnitudes == high))
+            magnitudes = chunk[start : start + BLOCK].abs()
+            within, above = _around(magnitudes, low, high)
+            count.above += above
+            at_high += int((within == high).sum())
             # where both ends are one value, its entries count once
-            at_low += int(np.count_nonzero(magnitudes == low)) if low < high else 0
-            within = magnitudes[np.flatnonzero((magnitudes > low) & (magnitudes < high))]
-            inside.append(torch.from_numpy(within))
+            at_low += int((within == low).sum()) if low < high else 0
+            inside.append(within[(within > low) & (within < high)])
         count.at_high.append(at_high)
         count.at_low.append(at_low)
-        count.inside.append(torch.cat([part.cpu() for part in inside]))
+        count.inside.append(torch.cat(inside))
     return count
+
+
+def _around(magnitudes: Tensor, low: float, high: float) -> tuple[Tensor, int]:
+    """Magnitudes in a bracket, ends included, and how many lie above it."""
+    if magnitudes.device.type != "cpu":
+        above = magnitudes > high
+        return magnitudes[(magnitudes >= low) & ~above], int(above.sum())
+    # NumPy compares and counts several times as fast as torch does on the CPU, without a copy
+    values = magnitudes.numpy()
+    over, reached = values > high, values >= low
+    within = torch.from_numpy(values[np.flatnonzero(over ^ reached)])
+    return within, int(np.count_nonzero(over))
 
 
 def _cut(count: _Count, kept: int) -> Cut:
     remaining = kept - count.above
     if remaining <= sum(count.at_high):
-        return Cut(count.high, _first(remaining, count.at_high))
+        return Cut(count.high, _first(remaining, count.at_high), tuple(count.at_high))
     remaining -= sum(count.at_high)
     candidates = torch.cat(count.inside)
     if remaining > len(candidates):
-        return Cut(count.low, _first(remaining - len(candidates), count.at_low))
+        low = _first(remaining - len(candidates), count.at_low)
+        return Cut(count.low, low, tuple(count.at_low))
     threshold = candidates.kthvalue(len(candidates) - remaining + 1).values
     remaining -= int((candidates > threshold).sum())
-    ties = [int((chunk == threshold).sum()) for chunk in count.inside]
-    return Cut(float(threshold), _first(remaining, ties))
+    tied = tuple(int((chunk == threshold).sum()) for chunk in count.inside)
+    return Cut(float(threshold), _first(remaining, tied), tied)
 
 
-def _first(number: int, available: list[int]) -> tuple[int, ...]:
+def _first(number: int, available: Sequence[int]) -> tuple[int, ...]:
     """Share out ``number`` over the chunks in their order, no more than each has."""
     taken = []
     for most in available:
@@ -155,8 +168,10 @@ def _first(number: int, available: list[int]) -> tuple[int, ...]:
 
 
 def _bracket(sample: Tensor, share: float) -> tuple[float, float]:
-    ordered, num = np.sort(sample.cpu().numpy()), len(sample)
+    num = len(sample)
     margin = 6 * (share * (1 - share) / num) ** 0.5 + 2 / num
     lower, upper = round((1 - share - margin) * num), round((1 - share + margin) * num)
+    # NumPy's sort is several times as fast as torch's on the CPU
+    ordered = torch.from_numpy(np.sort(sample)) if sample.device.type == "cpu" else sample.msort()
     low = float(ordered[lower]) if lower > 0 else -1.0
     return low, float(ordered[upper]) if upper < num else float("inf")

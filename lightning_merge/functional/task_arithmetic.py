@@ -47,6 +47,16 @@ def task_vectors_of(
     return experts.to(dtype) - base.to(dtype)
 
 
+def summed(
+    task_vectors: Sequence[Float[Tensor, "*shape"]] | Float[Tensor, "experts *shape"],
+) -> Float[Tensor, "*shape"]:
+    """Sum of the task vectors in float64, one after the other."""
+    total = task_vectors[0].to(torch.float64, copy=True)
+    for t in range(1, len(task_vectors)):
+        total += task_vectors[t]
+    return total
+
+
 def add_update(
     base: Float[Tensor, "*shape"], update: Float[Tensor, "*shape"], scale: float
 ) -> Float[Tensor, "*shape"]:

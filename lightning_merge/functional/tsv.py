@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_merge.functional.parallel import map_on_cores
-from lightning_merge.functional.spectral import Factors, inverse_root, leading_triplets
+from lightning_merge.functional.spectral import Factors, gram, inverse_root, leading_triplets
+
+Matrices: TypeAlias = Sequence[Float[Tensor, "m n"]] | Float[Tensor, "experts m n"]
+"""Task vectors of one matrix by expert, stacked or one by one."""
 
 
 def tsv_merge(
-    task_vectors: Float[Tensor, "experts m n"],
+    task_vectors: Matrices,
     rank: int,
     *,
     energy: float = 1.0,
@@ -41,14 +45,14 @@ def tsv_merge(
     Returns:
         The merged update, in float64.
     """
-    if len(task_vectors) == 1 and rank >= min(task_vectors.shape[1:]) and energy >= 1:
+    if len(task_vectors) == 1 and rank >= min(task_vectors[0].shape) and energy >= 1:
         return task_vectors[0].double()
     factors = truncated_factors(task_vectors, rank, energy=energy, rank_tol=rank_tol)
     return merge_factors(factors, rcond=rcond, shrinkage=shrinkage)
 
 
 def truncated_factors(
-    task_vectors: Float[Tensor, "experts m n"],
+    task_vectors: Matrices,
     rank: int,
     *,
     energy: float = 1.0,
@@ -83,8 +87,11 @@ def merge_factors(
     left, values, right = joined(factors)
     if not len(values):
         return left.new_zeros(left.shape[0], right.shape[1])
-    whiten = partial(inverse_root, rcond=rcond, shrinkage=shrinkage)
-    roots = map_on_cores(whiten, [left.t() @ left, right @ right.t()], size=len(values) ** 2)
+
+    def whiten(columns: Tensor) -> Tensor:
+        return inverse_root(gram(columns), rcond, shrinkage)
+
+    roots = map_on_cores(whiten, [left, right.t()], size=len(values) ** 2)
     # the middle is small: cheaper than whitening both factors
     return left @ ((roots[0] * values) @ roots[1]) @ right
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_merge.functional.average import average
+from lightning_merge.functional.lora import sum_of_products
+from lightning_merge.functional.task_arithmetic import add_update
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.walk import BlockMerge
 from lightning_merge.states import StateDict
@@ -53,7 +55,15 @@ class Average(WeightMethod):
         """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
         return self._merge_rows
 
-    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    def merge_low_rank(
+        self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
+    ) -> Tensor:
+        """The factors side by side; see ``WeightMethod.merge_low_rank``."""
+        weights = self._vector(len(ups))
+        update = sum_of_products(ups, downs, (weights / weights.sum()).tolist())
+        return add_update(base, update.view(base.shape), 1.0)
+
+    def _merge_rows(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         return average(experts, self._vector(len(experts))).to(base.dtype)
 
     def average_tensor(self, experts: Tensor) -> Tensor:

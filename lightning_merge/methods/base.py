@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, final
 
@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.functional.average import average
 from lightning_merge.functional.task_arithmetic import task_vectors_of
+from lightning_merge.methods.low_rank import low_rank_factors
 from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
-from lightning_merge.methods.walk import BlockMerge, map_blocks, scaled, stack_parameter
+from lightning_merge.methods.walk import (
+    BlockMerge,
+    RowMerge,
+    map_blocks,
+    parameter_rows,
+    scaled,
+    stack_parameter,
+)
 from lightning_merge.runtime import Runtime
 from lightning_merge.states import (
     STATISTIC_SUFFIXES,
@@ -21,6 +29,7 @@ from lightning_merge.states import (
     check_compatible,
     check_finite,
     kind_of,
+    shape_of,
     tied_names,
 )
 
@@ -105,6 +114,10 @@ class WeightMethod(MergeMethod):
         chosen = matches(name, self.include) and not matches(name, self.exclude)
         return "method" if chosen else self.otherwise
 
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """Whether a parameter gets the mean of the task vectors, being no matrix to the method."""
+        return False
+
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> "WeightMethod":
         """Return the method to walk with, after whatever it must know of the whole model.
 
@@ -151,20 +164,59 @@ class WeightMethod(MergeMethod):
 
         Bit for bit those of :meth:`task_vectors`.
         """
-        origin = base[name].detach().reshape(-1)[::stride]
-        value = expert[name].detach().reshape(-1)[::stride].to(origin.device)
-        factors = coefficients_of(name, (task,), self.coefficients)
-        vector = task_vectors_of(origin, scaled(origin, value[None], factors))[0]
-        if not math.isfinite(float(vector.sum())):
-            check_finite(name, "the base", base[name])
-            check_finite(name, f"expert '{task}'", expert[name])
+        (vector,) = self._vector_parts(name, base, task, expert, [slice(None, None, stride)])
         return vector
+
+    def task_vector_blocks(
+        self, name: str, base: StateDict, task: str, expert: StateDict, size: int
+    ) -> Iterator[Tensor]:
+        """The same task vector in blocks of ``size`` entries, which stay in the cache."""
+        number = math.prod(shape_of(base, name))
+        parts = (slice(start, start + size) for start in range(0, number, size))
+        return self._vector_parts(name, base, task, expert, parts)
+
+    def _vector_parts(
+        self, name: str, base: StateDict, task: str, expert: StateDict, parts: Iterable[slice]
+    ) -> Iterator[Tensor]:
+        origin = base[name].detach().reshape(-1)
+        value = expert[name].detach().reshape(-1)
+        factors = coefficients_of(name, (task,), self.coefficients)
+        for part in parts:
+            there = value[part].to(origin.device)
+            vector = task_vectors_of(origin[part], scaled(origin[part], there[None], factors))[0]
+            if not math.isfinite(float(vector.sum())):
+                check_finite(name, "the base", base[name])
+                check_finite(name, f"expert '{task}'", expert[name])
+            yield vector
 
     def block_merge(self, name: str) -> BlockMerge | None:
         """What merges one parameter block by block, without stacking, where a method can do that.
 
         It gives what :meth:`merge_tensor` gives, and shows every NaN and infinity in its result,
         as linear combinations do.
+        """
+        return None
+
+    def merge_low_rank(
+        self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Merge one parameter from the factors of its task vectors, where a method can do that.
+
+        Args:
+            name: As in :meth:`merge_tensor`, like ``base``.
+            base: Its pre-trained value.
+            ups: Left factors ``(out, rank)``; the rank is each expert's own and may be 0.
+            downs: Right factors ``(rank, in)``; a kernel is the matrix ``(out, in * kh * kw)``.
+
+        Returns:
+            What :meth:`merge_tensor` makes of the products, or None: only that can do it.
+        """
+        return None
+
+    def row_merge(self, name: str) -> RowMerge | None:
+        """What merges one parameter of experts that come one by one, where a method can do that.
+
+        It gives what :meth:`merge_tensor` gives, and holds a few matrices instead of T of them.
         """
         return None
 
@@ -195,9 +247,17 @@ class WeightMethod(MergeMethod):
             stacked = stack_parameter(name, value, experts, [1.0] * len(experts))
             return self.average_tensor(stacked).to(value.dtype)
         factors = coefficients_of(name, tuple(experts), self.coefficients)
+        low_rank = low_rank_factors(name, value, experts, factors)
+        if low_rank is not None:
+            merged = self.merge_low_rank(name, value, *low_rank)
+            if merged is not None:
+                return merged
         block_merge = self.block_merge(name)
         if block_merge is not None:
             return map_blocks(block_merge, name, value, experts, factors)
+        row_merge = self.row_merge(name)
+        if row_merge is not None:
+            return row_merge(name, value, parameter_rows(name, value, experts, factors))
         return self.merge_tensor(name, value, stack_parameter(name, value, experts, factors))
 
 
@@ -220,7 +280,8 @@ class _BoundToBlocks(WeightMethod):
     merger: Callable[[str], BlockMerge]
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
-        block = self.merger(name)(name, base.reshape(-1), list(experts.reshape(len(experts), -1)))
+        rows = list(experts.reshape(len(experts), -1))
+        block = self.merger(name)(name, 0, base.reshape(-1), rows)
         return block.view(base.shape)
 
     def block_merge(self, name: str) -> BlockMerge:

@@ -1,17 +1,16 @@
 """DARE: drop entries of the task vectors at random, rescale the rest, then merge."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 from torch import Tensor
 
-from lightning_merge.functional.dare import Rescale, bernoulli, drop_and_rescale, random_words
-from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
-from lightning_merge.functional.ties import SumOrTies, combined
+from lightning_merge.functional.dare import Rescale
+from lightning_merge.functional.ties import SumOrTies
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_density, check_scale
+from lightning_merge.methods.masks import RandomDrop, numbered
 from lightning_merge.states import StateDict
 
 
@@ -41,18 +40,19 @@ class DARE(WeightMethod):
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
         """Remember the tasks, on which the masks depend."""
-        return self.bound_to(partial(self._merge_tensor, tuple(experts)))
+        if self.rescale in ("l1", "l2"):  # norms of whole parameters
+            return self.bound_to(self._drop().for_tasks(experts))
+        return self.bound_to_blocks(lambda name: self._drop().for_blocks(experts))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter of experts that are called "0", "1", and so on."""
-        return self._merge_tensor([str(t) for t in range(len(experts))], name, base, experts)
+        return self._drop().merge(numbered(experts), name, base, experts)
 
-    def _merge_tensor(
-        self, tasks: Sequence[str], name: str, base: Tensor, experts: Tensor
-    ) -> Tensor:
-        task_vectors = task_vectors_of(base, experts)
-        for task, row in zip(tasks, task_vectors, strict=True):
-            words = random_words(self.seed, task, name, row.numel()).to(row.device)
-            kept = bernoulli(float(self.density), words).view(row.shape)
-            row.copy_(drop_and_rescale(row, kept, self.density, self.rescale))
-        return add_update(base, combined(task_vectors, self.combine), self.scale)
+    def _drop(self) -> RandomDrop:
+        return RandomDrop(
+            keep=lambda _: float(self.density),
+            rescale=self.rescale,
+            seed=self.seed,
+            combine=self.combine,
+            scale=self.scale,
+        )

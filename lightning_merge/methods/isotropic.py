@@ -1,16 +1,19 @@
 """IsoC and IsoCTS: the summed task vectors with a flat spectrum."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import final
 
 from torch import Tensor
 
-from lightning_merge.functional.isotropic import iso_c, iso_cts
-from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
+from lightning_merge.functional.isotropic import iso_c, iso_c_of_factors, iso_cts
+from lightning_merge.functional.task_arithmetic import add_update
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_range, check_scale
-from lightning_merge.methods.matrices import Convolutions, check_split, merge_matrices
+from lightning_merge.methods.low_rank import merge_low_rank_matrices
+from lightning_merge.methods.matrices import Convolutions, check_split, is_matrix, merge_matrices
+from lightning_merge.methods.walk import RowMerge
 
 
 @final
@@ -35,16 +38,45 @@ class IsoC(WeightMethod):
         check_split(self.split)
         check_range("rank_tol", self.rank_tol, 0.0, 1.0)
 
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """What is no matrix."""
+        return not is_matrix(shape, self.convolutions)
+
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        update = merge_matrices(
-            task_vectors_of(base, experts),
+        return self._merge_rows(name, base, experts)
+
+    def row_merge(self, name: str) -> RowMerge:
+        """One task vector at a time; see ``WeightMethod.row_merge``."""
+        return self._merge_rows
+
+    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor] | Tensor) -> Tensor:
+        return merge_matrices(
+            base,
+            experts,
             partial(iso_c, rank_tol=self.rank_tol),
             name=name,
+            scale=self.scale,
             convolutions=self.convolutions,
             split=self.split,
         )
-        return add_update(base, update, self.scale)
+
+    def merge_low_rank(
+        self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
+    ) -> Tensor | None:
+        """The spectrum of the factors side by side; see ``WeightMethod.merge_low_rank``."""
+        if self.rank_tol == 0:
+            return None  # arbitrary directions beyond the rank: those of the dense decomposition
+        update = merge_low_rank_matrices(
+            ups,
+            downs,
+            partial(iso_c_of_factors, rank_tol=self.rank_tol),
+            name=name,
+            shape=tuple(base.shape),
+            convolutions=self.convolutions,
+            split=self.split,
+        )
+        return None if update is None else add_update(base, update, self.scale)
 
 
 @final
@@ -76,10 +108,22 @@ class IsoCTS(WeightMethod):
         for name in ("common_fraction", "rank_tol", "rcond"):
             check_range(name, getattr(self, name), 0.0, 1.0)
 
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """What is no matrix."""
+        return not is_matrix(shape, self.convolutions)
+
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        update = merge_matrices(
-            task_vectors_of(base, experts),
+        return self._merge_rows(name, base, experts)
+
+    def row_merge(self, name: str) -> RowMerge:
+        """One task vector at a time; see ``WeightMethod.row_merge``."""
+        return self._merge_rows
+
+    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor] | Tensor) -> Tensor:
+        return merge_matrices(
+            base,
+            experts,
             partial(
                 iso_cts,
                 common_fraction=self.common_fraction,
@@ -87,7 +131,7 @@ class IsoCTS(WeightMethod):
                 rcond=self.rcond,
             ),
             name=name,
+            scale=self.scale,
             convolutions=self.convolutions,
             split=self.split,
         )
-        return add_update(base, update, self.scale)

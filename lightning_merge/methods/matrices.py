@@ -1,48 +1,63 @@
 """Which parameters are matrices to a spectral method, and how they are cut."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_merge.functional.task_arithmetic import add_update, summed, task_vectors_of
+from lightning_merge.methods.walk import Rows
+
 Convolutions: TypeAlias = Literal["mean", "matrix"]
 
 
 def merge_matrices(
-    task_vectors: Tensor,
-    merge: Callable[[Tensor], Tensor],
+    base: Tensor,
+    experts: Sequence[Tensor] | Tensor,
+    merge: Callable[[Sequence[Tensor]], Tensor],
     *,
     name: str,
+    scale: float,
     convolutions: Convolutions,
     split: Mapping[str, int],
 ) -> Tensor:
-    """Merge task vectors as matrices, and by their mean where they are none.
+    """Merge the task vectors of a parameter as matrices, and by their mean where they are none.
 
     Args:
-        task_vectors: Task vectors of one parameter, of shape ``(T, *shape)``.
-        merge: Merges those of one matrix: ``(T, m, n)`` to ``(m, n)``.
+        base: The pre-trained value, of any shape.
+        experts: Fine-tuned values, stacked or one by one.
+        merge: Merges the task vectors of one matrix, T of ``(m, n)``, into ``(m, n)``.
         name: Name of the parameter.
+        scale: Coefficient of the merged update.
         convolutions: Whether a kernel counts as the matrix ``(out, in * kh * kw)``.
         split: By pattern of names, into how many parts the rows of a fused matrix are cut.
 
     Raises:
         ValueError: If the rows cannot be cut into that many parts.
     """
-    shape = task_vectors.shape[1:]
+    shape, number = base.shape, len(experts)
+
+    def task_vector(t: int) -> Tensor:
+        return task_vectors_of(base, experts[t][None])[0]
+
     if not is_matrix(shape, convolutions):
-        return task_vectors.mean(dim=0, dtype=torch.float64)
-    matrices = task_vectors.flatten(2)
+        return add_update(base, summed(Rows(task_vector, number)) / number, scale)
     parts = parts_of(name, split)
     if shape[0] % parts:
         raise ValueError(
             f"split: '{name}' has {shape[0]} rows, which do not divide into {parts} parts. "
             "Correct the pattern or the number."
         )
-    merged = [merge(part) for part in matrices.chunk(parts, dim=1)]
-    return torch.cat(merged).view(shape)
+
+    def matrix(part: int, t: int) -> Tensor:
+        return task_vector(t).flatten(1).chunk(parts)[part]
+
+    merged = [merge(Rows(partial(matrix, part), number)) for part in range(parts)]
+    return add_update(base, torch.cat(merged).view(shape), scale)
 
 
 def is_matrix(shape: tuple[int, ...], convolutions: Convolutions) -> bool:

@@ -1,13 +1,22 @@
 """What a merge would do, told before any value is read: the dry run."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, final
 
-from lightning_merge.methods.base import Treatment, WeightMethod
+from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.rules import check_rules, coefficients_of
-from lightning_merge.states import StateDict, check_compatible, kind_of, shape_of, tied_names
+from lightning_merge.states import (
+    StateDict,
+    check_compatible,
+    dtype_of,
+    kind_of,
+    shape_of,
+    tied_names,
+)
+
+PlannedTreatment: TypeAlias = Literal["method", "mean", "average", "base", "unknown"]
 
 
 @final
@@ -17,8 +26,13 @@ class PlannedParameter:
 
     name: str
     shape: tuple[int, ...]
-    treatment: Treatment
-    """``method``, ``average`` of the experts, or ``base``: the base's value."""
+    dtype: str
+    """Its dtype in the base, such as ``float32``; the result has it too."""
+    kind: str
+    """``floating`` or ``integer``, see :func:`lightning_merge.states.kind_of`."""
+    treatment: PlannedTreatment
+    """``method``; ``mean`` of the task vectors, where a method for matrices finds none; ``average``
+    of the experts; ``base``: the base's value; ``unknown``: a method with data decides."""
     coefficients: tuple[float, ...]
     """Factor of each expert's task vector, where the method merges it; empty otherwise."""
     tied_to: str | None
@@ -40,23 +54,53 @@ def plan(
     Raises:
         ValueError: As ``method.merge`` would for keys, shapes, kinds and rules that do not fit.
     """
-    check_compatible(base, experts)
     check_rules(tuple(experts), tuple(base), method.coefficients)
-    ties = tied_names(base)
-    planned = []
-    for name in base:
-        treatment = method.treatment(name, kind_of(base, name))
-        factors = coefficients_of(name, tuple(experts), method.coefficients)
-        planned.append(
-            PlannedParameter(
-                name=name,
-                shape=shape_of(base, name),
-                treatment=treatment,
-                coefficients=factors if treatment == "method" else (),
-                tied_to=ties.get(name),
-            )
+    planned = plan_plainly(base, experts)
+    found = treatments(method, planned, len(experts))
+    return [
+        replace(
+            parameter,
+            treatment=treatment,
+            coefficients=coefficients_of(parameter.name, tuple(experts), method.coefficients)
+            if treatment in ("method", "mean")
+            else (),
         )
-    return planned
+        for parameter, treatment in zip(planned, found, strict=True)
+    ]
+
+
+def plan_plainly(base: StateDict, experts: Mapping[str, StateDict]) -> list[PlannedParameter]:
+    """The same without a method: every treatment is unknown.
+
+    Raises:
+        ValueError: If the experts do not fit the base.
+    """
+    check_compatible(base, experts)
+    ties = tied_names(base)
+    return [
+        PlannedParameter(
+            name=name,
+            shape=shape_of(base, name),
+            dtype=dtype_of(base, name),
+            kind=kind_of(base, name),
+            treatment="unknown",
+            coefficients=(),
+            tied_to=ties.get(name),
+        )
+        for name in base
+    ]
+
+
+def treatments(
+    method: WeightMethod, planned: Sequence[PlannedParameter], num_experts: int
+) -> list[PlannedTreatment]:
+    """What the method gives each parameter."""
+    found: list[PlannedTreatment] = []
+    for parameter in planned:
+        treatment = method.treatment(parameter.name, parameter.kind)
+        mean = method.takes_mean(parameter.name, parameter.shape, num_experts)
+        found.append("mean" if treatment == "method" and mean else treatment)
+    return found
 
 
 def peak_entries(planned: list[PlannedParameter], num_experts: int) -> int:

@@ -7,7 +7,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_merge.functional.task_arithmetic import task_arithmetic
+from lightning_merge.functional.lora import sum_of_products
+from lightning_merge.functional.task_arithmetic import add_update, task_arithmetic
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_scale
 from lightning_merge.methods.walk import BlockMerge
@@ -26,12 +27,19 @@ class TaskArithmetic(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return self._merge_rows(name, base, list(experts))
+        return self._merge_rows(name, 0, base, list(experts))
 
     def block_merge(self, name: str) -> BlockMerge:
         """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
         return self._merge_rows
 
-    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    def merge_low_rank(
+        self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
+    ) -> Tensor:
+        """The factors side by side; see ``WeightMethod.merge_low_rank``."""
+        update = sum_of_products(ups, downs, [1.0] * len(ups))
+        return add_update(base, update.view(base.shape), self.scale)
+
+    def _merge_rows(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         coefficients = torch.full((len(experts),), self.scale, dtype=torch.float64)
         return task_arithmetic(base, experts, coefficients)

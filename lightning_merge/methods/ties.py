@@ -10,14 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge.functional.adamerging import agreeing
 from lightning_merge.functional.parallel import map_on_cores
+from lightning_merge.functional.selection import BLOCK as CHUNK
 from lightning_merge.functional.selection import Count, Cut, largest, num_kept
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
-from lightning_merge.functional.ties import Combine, ZeroSign, elect, sign_consensus, trim, trim_by
+from lightning_merge.functional.ties import (
+    BLOCK,
+    Combine,
+    ZeroSign,
+    elect,
+    sign_consensus,
+    trim,
+    trim_by,
+)
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_density, check_scale
 from lightning_merge.methods.rules import coefficients_of
-from lightning_merge.methods.walk import BlockMerge, map_blocks
+from lightning_merge.methods.walk import BlockMerge, InOrder, map_blocks
 from lightning_merge.states import StateDict, shape_of
 
 
@@ -58,9 +68,7 @@ class TIES(WeightMethod):
             return self.bound_to_blocks(lambda name: self._merger(model, [name], name))
         cuts = model.cuts(names)
         majority = cache(lambda: model.majority_sign(names, cuts))
-        return self.bound_to_blocks(
-            lambda name: partial(self._merge_block, _Trim(cuts[name]), majority)
-        )
+        return self.bound_to_blocks(lambda name: self._merger_of(cuts[name], majority))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, trimmed on its own: the scope ``tensor``."""
@@ -70,42 +78,55 @@ class TIES(WeightMethod):
     def _merger(self, model: "_Model", scope: list[str], name: str) -> BlockMerge:
         cuts = model.cuts(scope)
         majority = cache(lambda: model.majority_sign(scope, cuts))
-        return partial(self._merge_block, _Trim(cuts[name]), majority)
+        return self._merger_of(cuts[name], majority)
 
-    def _merge_block(
-        self,
-        trim: "_Trim",
-        majority: Callable[[], float],
-        name: str,
-        base: Tensor,
-        rows: Sequence[Tensor],
+    def _merger_of(
+        self, cuts: Sequence[tuple[float, int]], majority: Callable[[], float]
+    ) -> BlockMerge:
+        return _blockwise(cuts, partial(self._merge_trimmed, majority))
+
+    def _merge_trimmed(
+        self, majority: Callable[[], float], base: Tensor, trimmed: Tensor
     ) -> Tensor:
-        trimmed = trim(base, rows)
         update = sign_consensus(trimmed, self.combine, self.zero_sign, majority)
         return add_update(base, update, self.scale)
 
 
+def _blockwise(
+    cuts: Sequence[tuple[float, int]], merge: Callable[[Tensor, Tensor], Tensor]
+) -> BlockMerge:
+    """Merge trimmed blocks; in order where some of the entries that tie are kept, some not."""
+    trim = _Trim(cuts)
+
+    def merge_block(name: str, start: int, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        merged = torch.empty_like(base)
+        for first in range(0, len(base), BLOCK):
+            part = slice(first, first + BLOCK)
+            origin = base[part]
+            merged[part] = merge(origin, trim(origin, [row[part] for row in rows]))
+        return merged
+
+    return InOrder(merge_block) if any(trim.ties) else merge_block
+
+
 class _Trim:
-    """Trims one parameter block by block, in flat order: keeps count of the ties still to keep."""
+    """Trims one parameter block by block, and keeps count of the ties still to keep."""
 
     def __init__(self, cuts: Sequence[tuple[float, int]]) -> None:
         self.thresholds = [threshold for threshold, _ in cuts]
         self.ties = [ties for _, ties in cuts]
 
     def __call__(self, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        trimmed = None
+        trimmed = task_vectors_of(base, rows[0][None]).new_empty(len(rows), len(base))
         for t, row in enumerate(rows):
             task_vector = task_vectors_of(base, row[None])[0]
-            if trimmed is None:
-                trimmed = task_vector.new_empty(len(rows), len(row))
             trimmed[t], used = trim_by(task_vector, self.thresholds[t], self.ties[t])
             self.ties[t] -= used
-        assert trimmed is not None
         return trimmed
 
 
-def _elected(trim: _Trim, name: str, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    return elect(trim(base, rows))
+def _elected(base: Tensor, trimmed: Tensor) -> Tensor:
+    return elect(trimmed)
 
 
 @dataclass(frozen=True)
@@ -123,13 +144,28 @@ class _Model:
 
         def find(task: str) -> Cut:
             chunks = partial(self._chunks, names, task)
-            return largest(chunks, size, kept, sample=chunks)
+            return largest(chunks, size, kept, sample=partial(self._sample, names, task))
 
+        tasks = tuple(self.experts)
+        found = map_on_cores(find, tasks, size=size)
         cuts: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
-        for cut in map_on_cores(find, self.experts, size=size):
-            for name, ties in zip(names, cut.ties, strict=True):
-                cuts[name].append((cut.threshold, ties))
+        for task, cut in zip(tasks, found, strict=True):
+            start = 0
+            for name in names:
+                stop = start + math.ceil(math.prod(shape_of(self.base, name)) / CHUNK)
+                ties, tied = sum(cut.ties[start:stop]), sum(cut.tied[start:stop])
+                if ties and ties == tied:
+                    cuts[name].append((self._below(cut.threshold, name, task), 0))
+                else:
+                    cuts[name].append((cut.threshold, ties))
+                start = stop
         return cuts
+
+    def _below(self, threshold: float, name: str, task: str) -> float:
+        """The next smaller number, above which lie all entries that tie as well: none to count."""
+        blocks = self.method.task_vector_blocks(name, self.base, task, self.experts[task], 1)
+        value = next(blocks)
+        return float(torch.nextafter(torch.full_like(value, threshold), torch.zeros_like(value)))
 
     def majority_sign(
         self, names: list[str], cuts: Mapping[str, Sequence[tuple[float, int]]]
@@ -138,7 +174,7 @@ class _Model:
         total = 0.0
         for name in names:
             signs = map_blocks(
-                partial(_elected, _Trim(cuts[name])),
+                _blockwise(cuts[name], _elected),
                 name,
                 self.base[name].detach(),
                 self.experts,
@@ -147,6 +183,39 @@ class _Model:
             total += float(signs.sum(dtype=torch.float64))
         return float(np.sign(total))
 
-    def _chunks(self, names: list[str], task: str, stride: int = 1) -> Iterator[Tensor]:
+    def _chunks(self, names: list[str], task: str) -> Iterator[Tensor]:
+        for name in names:
+            yield from self.method.task_vector_blocks(
+                name, self.base, task, self.experts[task], CHUNK
+            )
+
+    def _sample(self, names: list[str], task: str, stride: int) -> Iterator[Tensor]:
         for name in names:
             yield self.method.task_vector(name, self.base, task, self.experts[task], stride)
+
+
+def agreeing_task_vectors(
+    method: TIES, base: StateDict, experts: Mapping[str, StateDict]
+) -> Iterator[tuple[str, Tensor]]:
+    """Task vectors trimmed over the whole model, and of those the entries with the elected sign.
+
+    What TIES takes the mean of, one by one, as AdaMerging++ needs them.
+
+    Args:
+        method: Its density, count of entries and parameters.
+        base: The pre-trained weights.
+        experts: Fine-tuned weights by task.
+
+    Returns:
+        By name, flat, of shape ``(T, n)`` in float32 or wider.
+    """
+    model = _Model(method, base, experts)
+    names = sorted(method.method_names(base))
+    cuts = model.cuts(names)
+    majority = model.majority_sign(names, cuts)
+    for name in names:
+        rows = [expert[name].detach().reshape(-1) for expert in experts.values()]
+        trimmed = _Trim(cuts[name])(base[name].detach().reshape(-1), rows)
+        signs = elect(trimmed)
+        cancelled = (signs == 0) & (trimmed != 0).any(0)
+        yield name, agreeing(trimmed, torch.where(cancelled, majority, signs))

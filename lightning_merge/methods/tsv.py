@@ -2,17 +2,18 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-import torch
 from torch import Tensor
 
-from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
-from lightning_merge.functional.tsv import tsv_merge
+from lightning_merge.functional.lora import lora_factors, sum_of_products
+from lightning_merge.functional.task_arithmetic import add_update, summed
+from lightning_merge.functional.tsv import energy_rank, merge_factors, tsv_merge
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_range, check_scale
+from lightning_merge.methods.low_rank import merge_low_rank_matrices
 from lightning_merge.methods.matrices import (
     Convolutions,
     check_split,
@@ -21,6 +22,7 @@ from lightning_merge.methods.matrices import (
     parts_of,
     warn_of_small,
 )
+from lightning_merge.methods.walk import RowMerge
 from lightning_merge.states import StateDict, shape_of
 
 
@@ -88,21 +90,64 @@ class TSVMerge(WeightMethod):
         warn_of_small(small, len(experts), "TSVMerge")
         return self
 
+    def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
+        """What is no matrix, or too small for a direction of every expert."""
+        small = self._smaller_side(name, shape) if is_matrix(shape, self.convolutions) else 0
+        return self.rank_of(small, num_experts) == 0
+
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        update = merge_matrices(
-            task_vectors_of(base, experts),
+        return self._merge_rows(name, base, experts)
+
+    def row_merge(self, name: str) -> RowMerge:
+        """One task vector at a time; see ``WeightMethod.row_merge``."""
+        return self._merge_rows
+
+    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor] | Tensor) -> Tensor:
+        return merge_matrices(
+            base,
+            experts,
             self._merge_matrix,
             name=name,
+            scale=self.scale,
             convolutions=self.convolutions,
             split=self.split,
         )
-        return add_update(base, update, self.scale)
 
-    def _merge_matrix(self, task_vectors: Tensor) -> Tensor:
-        rank = self.rank_of(min(task_vectors.shape[1:]), len(task_vectors))
+    def merge_low_rank(
+        self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Triplets by the QR route; see ``WeightMethod.merge_low_rank``."""
+        update = merge_low_rank_matrices(
+            ups,
+            downs,
+            self._merge_factors,
+            name=name,
+            shape=tuple(base.shape),
+            convolutions=self.convolutions,
+            split=self.split,
+        )
+        return None if update is None else add_update(base, update, self.scale)
+
+    def _merge_factors(self, ups: Sequence[Tensor], downs: Sequence[Tensor]) -> Tensor:
+        size = min(len(ups[0]), downs[0].shape[1])
+        rank = self.rank_of(size, len(ups))
         if rank == 0:
-            return task_vectors.mean(dim=0, dtype=torch.float64)
+            return sum_of_products(ups, downs, [1 / len(ups)] * len(ups))
+        if len(ups) == 1 and rank == size and self.energy >= 1:
+            return ups[0].double() @ downs[0].double()
+        factors = []
+        for up, down in zip(ups, downs, strict=True):
+            whole = lora_factors(up, down, self.rank_tol)
+            total = float(whole.values.square().sum())
+            kept = energy_rank(whole.values, total, self.energy) if self.energy < 1 else rank
+            factors.append(whole.truncated(min(rank, kept)))
+        return merge_factors(factors, rcond=self.rcond, shrinkage=self.shrinkage)
+
+    def _merge_matrix(self, task_vectors: Sequence[Tensor]) -> Tensor:
+        rank = self.rank_of(min(task_vectors[0].shape), len(task_vectors))
+        if rank == 0:
+            return summed(task_vectors) / len(task_vectors)
         return tsv_merge(
             task_vectors,
             rank,

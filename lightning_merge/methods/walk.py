@@ -2,19 +2,38 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias, final, overload
 
 import torch
 from torch import Tensor
 
+from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.states import StateDict, check_finite
 
 BLOCK = 1 << 17
 """Entries of one parameter that a linear method sees at once, so that they stay in the cache."""
 
 
-BlockMerge: TypeAlias = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
-"""Merges a flat block of a parameter: its name, the base ``(n,)``, and a block of each expert."""
+BlockMerge: TypeAlias = Callable[[str, int, Tensor, Sequence[Tensor]], Tensor]
+"""Merges a flat block: the parameter's name, the block's first entry, the base ``(n,)``, and the
+block of each expert. Called from several threads, unless it is :class:`InOrder`."""
+
+
+@final
+@dataclass(frozen=True)
+class InOrder:
+    """A block merge that must see the blocks of a parameter one after the other."""
+
+    merge: BlockMerge
+
+    def __call__(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        """What the wrapped merge gives."""
+        return self.merge(name, start, base, experts)
+
+
+RowMerge: TypeAlias = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
+"""Merges a parameter: its name, the base, and the value of each expert, read on access."""
 
 
 def stack_parameter(
@@ -44,6 +63,51 @@ def stack_parameter(
     return scaled(base, stacked, coefficients)
 
 
+@final
+class Rows(Sequence[Tensor]):
+    """Tensors that are made when they are asked for, and not kept.
+
+    Args:
+        read: Makes the t-th of them.
+        number: How many there are.
+    """
+
+    def __init__(self, read: Callable[[int], Tensor], number: int) -> None:
+        self._read, self._number = read, number
+
+    def __len__(self) -> int:
+        return self._number
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self._read(t) for t in range(self._number)[index]]
+        return self._read(range(self._number)[index])
+
+
+def parameter_rows(
+    name: str, base: Tensor, experts: Mapping[str, StateDict], coefficients: Sequence[float]
+) -> Rows:
+    """What :func:`stack_parameter` stacks, one expert after the other; an error comes with its row.
+
+    Safe to read from several threads.
+    """
+    check_finite(name, "the base", base)
+    tasks = tuple(experts)
+    dtype = _common([expert[name] for expert in experts.values()])
+
+    def read(t: int) -> Tensor:
+        value = experts[tasks[t]][name].detach().to(base.device, dtype)
+        if not _finite(value):
+            check_finite(name, f"expert '{tasks[t]}'", value)
+        return scaled(base, value[None], coefficients[t : t + 1])[0]
+
+    return Rows(read, len(tasks))
+
+
 def map_blocks(
     function: BlockMerge,
     name: str,
@@ -54,7 +118,7 @@ def map_blocks(
     """Apply an element-wise merge block by block: nothing is copied, intermediates stay in cache.
 
     Args:
-        function: Called for one block after the other, in flat order.
+        function: Called for every block; in flat order if it is :class:`InOrder`.
         name: The parameter.
         base: Its pre-trained value, of any shape.
         experts: State dicts of the experts.
@@ -69,16 +133,24 @@ def map_blocks(
     flat_base = base.reshape(-1)
     merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
     plain = all(coefficient == 1.0 for coefficient in coefficients)
-    for start in range(0, len(flat_base), BLOCK):
+
+    def merge_block(start: int) -> None:
         part = slice(start, start + BLOCK)
         origin, rows = flat_base[part], [value[part] for value in flat]
         if not plain:
             rows = list(scaled(origin, torch.stack(rows), coefficients))
-        merged[part] = block = function(name, origin, rows)
+        merged[part] = block = function(name, start, origin, rows)
         # not a single value of the experts is lost in an element-wise merge, except where weights
         # are zero, and there NaN and infinity times zero are NaN: the result shows them all
         if not _finite(block) or not _finite(origin):
             _check_each(name, base, values, experts)
+
+    starts = range(0, len(flat_base), BLOCK)
+    if isinstance(function, InOrder) or base.device.type != "cpu":
+        for start in starts:
+            merge_block(start)
+    else:
+        map_on_cores(merge_block, starts, size=BLOCK)
     return merged.view(base.shape)
 
 

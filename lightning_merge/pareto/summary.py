@@ -18,12 +18,12 @@ def summarize(result: "SweepResult") -> dict[str, Any]:
     return {
         "tasks": list(result.tasks),
         "metric": result.metric,
+        "higher_is_better": result.higher_is_better,
+        "normalization": result.normalization,
         "rows": {name: _row(result, raw) for name, raw in result.rows().items()},
         "hypervolume": {
-            "raw": _volume(result, result.raw, result.references["base"]),
-            "normalized": _volume(
-                result, result.normalized, result.normalize(result.references["base"])
-            ),
+            "raw": _volume(result.raw, result.references["base"], result.higher_is_better),
+            "normalized": _volume(result.normalized, None, maximize=True),
         },
         "uniformity": _uniformity(result),
         "alignment": _alignment(result),
@@ -42,12 +42,12 @@ def _row(result: "SweepResult", raw: Tensor) -> dict[str, Any]:
     }
 
 
-def _volume(result: "SweepResult", values: Tensor, base: Tensor) -> dict[str, Any] | None:
+def _volume(values: Tensor, base: Tensor | None, maximize: bool) -> dict[str, Any] | None:
     """Against zero; a loss has no zero to count up from, so there the base is the reference."""
-    if not bool(torch.isfinite(values).all() and torch.isfinite(base).all()):
+    if not bool(torch.isfinite(values).all()):
         return None
-    reference = [0.0] * len(result.tasks) if result.higher_is_better else base.tolist()
-    found = hypervolume(values, reference, maximize=result.higher_is_better)
+    reference = [0.0] * values.shape[-1] if maximize or base is None else base.tolist()
+    found = hypervolume(values, reference, maximize=maximize)
     return {
         "value": found.value,
         "error": found.error,
@@ -72,7 +72,7 @@ def _uniformity(result: "SweepResult") -> float | None:
 def _alignment(result: "SweepResult") -> dict[str, Any] | None:
     if not bool(torch.isfinite(result.normalized).all()):
         return None
-    measure = PreferenceAlignment(maximize=result.higher_is_better, sync_on_compute=False)
+    measure = PreferenceAlignment(sync_on_compute=False)  # larger normalized values are better
     measure.update(result.preferences, result.normalized)
     summary: dict[str, Any] = {}
     for name, value in measure.compute().items():
@@ -113,12 +113,12 @@ def sweep_warnings(result: "SweepResult") -> list[str]:
             ]
             if hurt:
                 sentences.append(f"Worse than {name} {when}: {', '.join(hurt)}.")
-    zeros = [
-        task for i, task in enumerate(result.tasks) if float(result.references["experts"][i]) == 0
+    bad = [
+        task for i, task in enumerate(result.tasks) if float(result.references["experts"][i]) <= 0
     ]
-    if zeros:
+    if bad:
         sentences.append(
-            f"The expert has a {result.metric} of zero on {', '.join(zeros)}: there is no "
+            f"The expert has a {result.metric} of zero (or less) on {', '.join(bad)}: there is no "
             "normalized value to compare with."
         )
     return sentences

@@ -70,13 +70,25 @@ class SweepResult:
 
     @property
     def normalized(self) -> Tensor:
-        """``raw`` over the expert's metric, ``(P, T)``; may exceed one."""
+        """Share of the expert's performance, ``(P, T)``: one is the expert's, more is better."""
         return self.normalize(self.raw)
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """Divide ``(..., T)`` metrics by the experts'. NaN where an expert has zero."""
-        experts = self.references["experts"]
-        return torch.where(experts != 0, raw / experts, torch.nan)
+        """Compare ``(..., T)`` metrics with the experts': larger is better in either direction.
+
+        ``raw / expert`` where higher is better, ``expert / raw`` where lower is: an error twice as
+        large is half as good. NaN where the divisor or the expert is not positive (an R² below
+        zero, a loss of zero): there is no share of it.
+        """
+        experts = self.references["experts"].expand_as(raw)
+        if self.higher_is_better:
+            return torch.where(experts > 0, raw / experts, torch.nan)
+        return torch.where((experts > 0) & (raw > 0), experts / raw, torch.nan)
+
+    @property
+    def normalization(self) -> str:
+        """What the normalized value is, for a reader."""
+        return "value / expert" if self.higher_is_better else "expert / value"
 
     def rows(self) -> dict[str, Tensor]:
         """The reference rows of every report, metrics ``(T,)`` by name, in reading order.

@@ -125,7 +125,7 @@ def _draw_response(
     axes.set_title(shorten(result.tasks[task], 24), fontsize=TEXT, color=INK, loc="left")
     axes.set_xlim(-0.03, 1.03)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
-    axes.set_ylim(*(limits if result.higher_is_better else limits[::-1]))
+    axes.set_ylim(*limits)
 
 
 def _draw_response_legend(figure: "Figure") -> None:
@@ -183,7 +183,7 @@ def _draw_triangle(
         axes.tripcolor(x, y, value.numpy(), shading="gouraud", **style)
     image = axes.scatter(x, y, c=value.numpy(), s=26, edgecolors="white", linewidths=0.5, **style)
     axes.plot(*corners[[0, 1, 2, 0]].T.numpy(), color=MUTED, linewidth=1, zorder=0)
-    best = int(value.nan_to_num(-1e9).argmax() if result.higher_is_better else value.argmin())
+    best = int(value.nan_to_num(-1e9).argmax())
     axes.plot([x[best]], [y[best]], marker="*", color=ORANGE, markersize=18, markeredgecolor=INK)
     names = [shorten(task, 16) for task in result.tasks]
     axes.text(0, -0.05, names[0], ha="center", va="top", fontsize=TEXT, color=INK)

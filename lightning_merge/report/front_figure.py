@@ -99,7 +99,7 @@ def contest(result: SweepResult, edge: Tensor) -> float:
     """
     both = (result.preferences[edge] > 0).any(dim=0).nonzero().flatten()
     values = percent(result, result.raw)[edge][:, both]
-    best = values.amax(dim=0) if result.higher_is_better else values.amin(dim=0)
+    best = values.amax(dim=0)
     return float((best - values).abs().mean(dim=1).min().nan_to_num(0.0))
 
 
@@ -129,7 +129,7 @@ def _draw_pair(
     axes.plot(values[:, x], values[:, y], ".", color="#DADADA", markersize=4, zorder=1.5)
     if edge is not None and bool(torch.isfinite(result.normalized[edge][:, [x, y]]).all()):
         front = values[edge.numpy()][:, [x, y]]
-        best = pareto_mask(torch.from_numpy(front), maximize=result.higher_is_better).numpy()
+        best = pareto_mask(torch.from_numpy(front), maximize=True).numpy()
         weight = result.preferences[edge, x].numpy()
         axes.plot(front[:, 0], front[:, 1], color=BLUE, linewidth=1.3, alpha=0.6, zorder=2)
         axes.scatter(
@@ -145,9 +145,6 @@ def _draw_pair(
     axes.set_aspect("equal")
     axes.set_xlabel(shorten(result.tasks[x]), fontsize=TEXT, color=INK)
     axes.set_ylabel(shorten(result.tasks[y]), fontsize=TEXT, color=INK)
-    if not result.higher_is_better:  # up and right stay the good directions
-        axes.invert_xaxis()
-        axes.invert_yaxis()
 
 
 def _draw_references(

@@ -183,6 +183,7 @@ def _data(result: SweepResult, live: LiveModel | None) -> dict[str, Any]:
     return {
         "tasks": result.tasks,
         "fraction": is_fraction(result),
+        "higher": result.higher_is_better,
         "preferences": _rounded(result.preferences),
         "raw": _rounded(result.raw),
         "rows": {name: _rounded(row) for name, row in result.rows().items()},

@@ -70,7 +70,7 @@ def shorten(name: str, longest: int = 18) -> str:
 
 
 def percent(result: SweepResult, raw: Tensor) -> Tensor:
-    """Metrics in percent of the experts'."""
+    """Metrics in percent of the experts': more is better in either direction."""
     return 100 * result.normalize(raw)
 
 
@@ -84,4 +84,5 @@ def value_limits(values: list[Tensor], *, goal: float = 100.0) -> tuple[float, f
 
 def describe(result: SweepResult) -> str:
     """Label of an axis of normalized values."""
-    return f"{result.metric}, % of the expert's"
+    lower = "" if result.higher_is_better else " (lower is better)"
+    return f"{result.metric}{lower}, % of the expert's"

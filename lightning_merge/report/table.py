@@ -71,7 +71,9 @@ def markdown_table(result: SweepResult) -> str:
 
 
 def unit(result: SweepResult) -> str:
-    """The metric with its unit, for instance ``accuracy (%)``."""
+    """The metric with its unit, for instance ``accuracy (%)``; ``mse, lower is better``."""
+    if not result.higher_is_better:
+        return f"{result.metric}, lower is better"
     return f"{result.metric} (%)" if is_fraction(result) else result.metric
 
 

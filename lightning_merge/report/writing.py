@@ -1,13 +1,15 @@
 """Writes the pictures and the page of a sweep."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_merge.files import replacing
 from lightning_merge.pareto.sweep_result import SweepResult
 from lightning_merge.report.figures import front_figure, response_figure, ternary_figure
 from lightning_merge.report.html import render_html
+from lightning_merge.report.interference_figure import interference_figure
 from lightning_merge.report.live import LiveModel
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def write_report(
     if len(result.tasks) == 3:
         pictures["ternary.png"] = ternary_figure(result)
     pictures["response.png"] = response_figure(result)
-    images = {name: _png(figure) for name, figure in pictures.items()}
+    images = {name: png(figure) for name, figure in pictures.items()}
     page = render_html(result, images, live)
     files = {**images, "report.html": page.encode("utf-8")}
     paths = []
@@ -50,7 +52,17 @@ def write_report(
     return paths
 
 
-def _png(figure: "Figure") -> bytes:
+def merge_pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """What is put beside a merged model: ``interference.png``, where the merge was measured.
+
+    Args:
+        report: ``MergedModel.report``.
+    """
+    return {"interference.png": png(interference_figure(report))} if report else {}
+
+
+def png(figure: "Figure") -> bytes:
+    """A picture as the bytes of a PNG file."""
     buffer = io.BytesIO()
     # no version in the file: the same sweep gives the same bytes
     figure.savefig(buffer, format="png", metadata={"Software": None})

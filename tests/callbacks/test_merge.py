@@ -12,7 +12,7 @@ from lightning_merge import ExpertPool, MergedModel
 from lightning_merge.callbacks import MergeCallback
 from lightning_merge.methods import TIES
 from lightning_merge.networks import split_state
-from lightning_merge.pool import fingerprint
+from lightning_merge.states import fingerprint
 from tests.callbacks.project import Classifier, Compiled, Net, Points, Whole, WithTeacher, samples
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_merge.correction import ClosedFormCorrection
-from lightning_merge.correction.validation import warn_of_harm
+from lightning_merge.correction.validation import cross_validated_errors, warn_of_harm
 
 SIZES = {"a": 60, "b": 50}
 
@@ -44,7 +44,8 @@ def test_tasks_that_disagree_do_harm_at_equal_only(
 ) -> None:
     """The task with large features wins raw sums: the other is far worse off than with W = I."""
     x = make_features({"a": 60})["a"][0]
-    features = {"a": (x, 10 * x), "b": (x, 0.5 * x)}
+    stretch = torch.diag(torch.arange(1.0, 7.0)).double()
+    features = {"a": (x, 10 * x @ stretch), "b": (x, 0.5 * x @ stretch.inverse())}
     correction = ClosedFormCorrection(
         make_statistics(features), prior="identity", beta=1e-6, task_scale="none"
     )
@@ -65,3 +66,19 @@ def test_unequal_widths_have_nothing_to_compare_with(
     features = make_features(SIZES, k=4)
     correction = ClosedFormCorrection(make_statistics(features), prior="procrustes", beta=1.0)
     assert warn_of_harm(correction, heads_of(features)) == []
+
+
+def test_a_factor_of_the_features_is_no_gain(
+    make_features: Callable, make_statistics: Callable
+) -> None:
+    """Of shrunk features a noisy map has less squared error, yet decides no better."""
+    x = make_features({"a": 60})["a"][0]
+    features = {"a": (x, 3 * x)}
+    noisy = 2.8 * torch.eye(6, dtype=torch.float64)
+    noisy[0, 1] = 0.4
+    correction = ClosedFormCorrection(make_statistics(features), prior=noisy, beta=1e6)
+    errors = cross_validated_errors(correction, None, heads_of(features))["a"]
+    assert errors.corrected < errors.identity
+    assert errors.scaled_identity == pytest.approx(0.0, abs=1e-12)
+    with pytest.warns(UserWarning, match="does harm"):
+        assert "one_hot" in warn_of_harm(correction, heads_of(features))

@@ -9,12 +9,13 @@ from torch import Tensor
 from lightning_merge.correction import (
     BetaSearch,
     ClosedFormCorrection,
+    CorrectionOptions,
     CorrectionStatistics,
     HeadMetric,
 )
-from lightning_merge.correction.sums import fold_of
 from lightning_merge.correction.validation import cross_validated_errors
 from lightning_merge.functional.head_metric import readout
+from lightning_merge.functional.sums import fold_of
 
 SIZES = {"a": 30, "b": 25, "c": 40}
 FIXED = {"beta": 1e-2, "prior": "procrustes"}
@@ -241,3 +242,73 @@ def test_held_out_errors_need_folds(make_features: Callable, make_statistics: Ca
     )
     with pytest.raises(ValueError, match="not cross-validated"):
         cross_validated_errors(averaged, [1, 1, 1])
+
+
+@pytest.mark.parametrize("bias", ["none", "shared"])
+def test_folded_heads_equal_explicit_maps_where_heads_are_independent(
+    make_features: Callable, make_statistics: Callable, bias: str
+) -> None:
+    """Of active tasks, of inactive ones and of a head unknown to the metric; again when warm."""
+    statistics = make_statistics(make_features(SIZES, d=11))
+    heads = heads_of(4, 11)
+    correction = ClosedFormCorrection(statistics, metric="head", heads=heads, bias=bias, **FIXED)
+    P = torch.tensor(
+        [[0.2, 0.3, 0.5], [0.6, 0.4, 0.0], [0, 1, 0], [0.1, 0.8, 0.1]], dtype=torch.float64
+    )
+    maps = correction.solve_many(P)
+    foreign = heads_of(5, 11, seed=3)
+    for asked in (heads, foreign, heads):
+        (found,) = correction.fold_heads(P, asked)
+        for task, (H, c) in asked.items():
+            for x, y in zip(found[task], maps.fold(H, c), strict=True):
+                assert torch.allclose(x, y, atol=1e-8)
+    for row, p in zip(maps.weight, P, strict=True):
+        one = correction.solve(p).weight
+        assert torch.allclose(one, row, atol=1e-8)
+        weight, _ = correction.fold(p, "c", *heads["c"])
+        assert torch.allclose(weight, heads["c"][0].double() @ row, atol=1e-8)
+
+
+def test_kept_rows_are_within_the_memory_cap(
+    make_features: Callable, make_statistics: Callable
+) -> None:
+    statistics = make_statistics(make_features(SIZES, d=9))
+    correction = ClosedFormCorrection(statistics, memory_cap=4096, **FIXED)
+    for seed in range(6):
+        for task, head in heads_of(4, seed=seed).items():
+            correction.fold([1, 1, 1], task, *head)
+    kept = correction._folder._kept
+    assert kept
+    assert sum(rows.memory for rows in kept) <= 4096
+
+
+def test_auto_takes_the_head_metric_unless_heads_compete(
+    make_features: Callable, make_statistics: Callable
+) -> None:
+    statistics = make_statistics(make_features(SIZES, d=9))
+    options = CorrectionOptions(**FIXED)
+    assert options.metric == "auto"
+    assert CorrectionOptions.from_dict(options.as_dict()) == options
+    assert options.build(statistics, heads_of(4)).metric == "head"
+    assert options.build(statistics, heads_of(5)).metric == "representation"
+    silent = {task: (torch.ones(4, 9), None) for task in SIZES}
+    assert options.build(statistics, silent).metric == "representation"
+    chebyshev = CorrectionOptions(scalarization="chebyshev", **FIXED)
+    assert chebyshev.build(statistics, heads_of(4)).metric == "representation"
+    assert CorrectionOptions.paper().build(statistics, heads_of(4)).metric == "representation"
+    saved = options.as_dict() | {"metric": "representation"}
+    old = CorrectionOptions.from_dict(saved)
+    assert old.build(statistics, heads_of(4)).metric == "representation"
+
+
+def test_chebyshev_of_independent_heads_has_nothing_to_trade(
+    make_features: Callable, make_statistics: Callable
+) -> None:
+    statistics = make_statistics(make_features(SIZES, d=9))
+    heads = heads_of(4)
+    both = [
+        ClosedFormCorrection(statistics, metric="head", heads=heads, scalarization=kind, **FIXED)
+        for kind in ("linear", "chebyshev")
+    ]
+    one, other = (correction.solve([1, 2, 3]).weight for correction in both)
+    assert torch.equal(one, other)

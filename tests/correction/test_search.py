@@ -12,9 +12,9 @@ from lightning_merge.correction import BetaSearch, ClosedFormCorrection, Correct
 from lightning_merge.correction.choice import Choice, prior_matrix
 from lightning_merge.correction.mixing import CAPS
 from lightning_merge.correction.search import GRID
-from lightning_merge.correction.sums import fold_of
 from lightning_merge.correction.validation import cross_validated_errors
 from lightning_merge.functional.head_metric import readout
+from lightning_merge.functional.sums import fold_of
 
 SMALL = {"a": 7, "b": 9}
 LARGE = {"a": 30, "b": 41}

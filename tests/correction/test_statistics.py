@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_merge.correction import CorrectionStatistics
-from lightning_merge.correction.sums import fold_of
+from lightning_merge.functional.sums import fold_of
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_merge.functional.head_metric import (
+    Decoupling,
     HeadSystem,
     conjugate_gradients,
-    decoupled_map,
     independent,
     readout,
     row_space,
@@ -113,7 +113,11 @@ def test_independent_heads_get_their_own_map_and_the_limit_agrees() -> None:
     w = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     mixed = (w[:, None, None] * C).sum(0)
     shared = torch.linalg.solve(mixed, (w[:, None, None] * (own @ C)).sum(0), left=False)
-    W = decoupled_map(shared, bases, list(own))
+    decoupled = Decoupling.of(bases, list(own))
+    W = decoupled.maps(shared)
+    H = normal(4, k, seed=9)
+    left, constant = decoupled.split(H)
+    assert torch.allclose(left @ shared + constant, H @ W, atol=1e-10)
     for H, W_t in zip(rows, own, strict=True):
         assert torch.allclose(H @ W, H @ W_t, atol=1e-10)
     complement = torch.linalg.svd(torch.cat(bases))[2][6:]

@@ -57,3 +57,20 @@ def test_batched_solve() -> None:
     M = M @ M.mT
     N = normal(3, 2, 5, seed=9)
     assert torch.allclose(solve_right(N, M), N @ torch.linalg.inv(M), atol=1e-9)
+
+
+@pytest.mark.parametrize("d", [255, 256, 300, 512])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_solves_of_every_size(d: int, batch: tuple[int, ...]) -> None:
+    """Sizes of the cache's period are factorised in blocks."""
+    generator = torch.Generator().manual_seed(d)
+    Z = torch.randn(*batch, d, 2 * d, generator=generator, dtype=torch.float64)
+    M = Z @ Z.mT / d + 1e-3 * torch.eye(d, dtype=torch.float64)
+    X = torch.randn(*batch, 7, d, generator=generator, dtype=torch.float64)
+    assert torch.allclose(solve_right(X @ M, M), X, rtol=1e-9, atol=1e-9)
+    M[..., -1, -1] = -1.0
+    with pytest.raises(ValueError, match="not positive definite"):
+        solve_right(X, M)
+    M[..., 0, 0] = -1.0
+    with pytest.raises(ValueError, match="not positive definite"):
+        solve_right(X, M)

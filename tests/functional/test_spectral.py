@@ -16,6 +16,10 @@ def with_spectrum(values, m, n, seed=0):
     return torch.tensor(u * np.asarray(values) @ v.T)
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 @given(m=st.integers(1, 9), n=st.integers(1, 9), rank=st.integers(1, 9), seed=st.integers(0, 99))
 def test_best_approximation_of_its_rank(m, n, rank, seed):
     matrix = torch.tensor(np.random.default_rng(seed).normal(size=(m, n)))
@@ -30,15 +34,42 @@ def test_best_approximation_of_its_rank(m, n, rank, seed):
     np.testing.assert_allclose(factors.right @ factors.right.T, eye, atol=1e-6)
 
 
-def test_krylov_solver_gives_what_the_full_one_gives():
-    matrix = with_spectrum(np.arange(1.0, 101) ** -0.7, 130, 100)
-    gram = matrix.T @ matrix
-    values, vectors = spectral._by_krylov(gram, 3)
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+@pytest.mark.parametrize(("size", "rank"), [(256, 20), (301, 60)])
+def test_refined_pairs_are_those_of_a_float64_decomposition(decay, size, rank):
+    rows = torch.randn(size + 9, size, dtype=torch.float64, generator=seeded(size))
+    gram = with_spectrum(np.arange(1.0, size + 1) ** -decay, size + 9, size) + 1e-3 * rows
+    gram = gram.T @ gram
+    values, vectors = spectral._refined(gram, rank)
     expected = torch.linalg.eigh(gram)
-    torch.testing.assert_close(values, expected.eigenvalues.flip(0)[:3])
-    overlap = (vectors.T @ expected.eigenvectors.flip(1)[:, :3]).abs()
-    torch.testing.assert_close(overlap, torch.eye(3, dtype=torch.float64))
-    assert len(leading_triplets(matrix, 3).values) == 3
+    torch.testing.assert_close(values, expected.eigenvalues.flip(0)[:rank], rtol=1e-12, atol=0)
+    # of the subspace: float32 alone is off by 1e-6 and more
+    lead = expected.eigenvectors.flip(1)[:, :rank]
+    assert (lead - vectors @ (vectors.T @ lead)).abs().max() < 1e-9
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(rank).double(), rtol=0, atol=1e-12)
+
+
+def test_what_float32_cannot_see_is_left_to_float64():
+    steep = with_spectrum(np.arange(1.0, 301) ** -3.0, 400, 300)
+    gram = steep.T @ steep
+    assert spectral._refined(gram, 60) is None
+    assert spectral._refined(torch.zeros(300, 300, dtype=torch.float64), 60) is None
+    found = leading_triplets(steep, 30)
+    torch.testing.assert_close(found.values, torch.arange(1.0, 31).double() ** -3.0)
+
+
+def test_gram_matrix_in_blocks():
+    for size in (1, spectral.COLUMNS, 2 * spectral.COLUMNS + 3):
+        columns = torch.randn(7, size, dtype=torch.float64, generator=seeded(size))
+        torch.testing.assert_close(spectral.gram(columns), columns.T @ columns)
+
+
+def test_a_single_wrong_entry_is_seen():
+    columns = torch.linalg.qr(torch.randn(60, 40, dtype=torch.float64, generator=seeded(0)))[0]
+    assert spectral._orthonormal(columns)
+    columns[:, 7] += 1e-5 * columns[:, 3]
+    assert not spectral._orthonormal(columns)
+    assert spectral._orthonormal(columns[:, :0])
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (20, 20)])

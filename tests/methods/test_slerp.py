@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ POSITIONS = st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0])
 def reference(a, b, t):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = np.linalg.norm(a) * np.linalg.norm(b)
-    if norms == 0 or abs((a * b).sum() / norms) > 0.9995:
+    if norms == 0:
         return (1 - t) * a + t * b
-    w = np.arccos((a * b).sum() / norms)
+    w = np.arccos(np.clip((a * b).sum() / norms, -1, 1))
+    if w < 1e-4:  # the arccosine has no digits left; the difference to linear is below 1e-8
+        return (1 - t) * a + t * b
     return (np.sin((1 - t) * w) * a + np.sin(t * w) * b) / np.sin(w)
 
 
@@ -35,13 +39,30 @@ def test_equation_ends_and_symmetry(seed, size, t):
     torch.testing.assert_close(norm, (1 - t) * a.norm() + t * b.norm())
 
 
-def test_continuous_at_the_linear_branch():
+@given(t=POSITIONS, scale=st.sampled_from([1e-7, 1e-4, 1.0, 1e4]))
+def test_continuous_and_exact_at_every_small_angle(t, scale):
+    """On the unit circle the answer is known: the point at angle t of the arc."""
+    a = scale * torch.tensor([1.0, 0.0], dtype=torch.float64)
+    previous = None
+    for angle in np.concatenate([np.linspace(0.0, 0.07, 71), np.logspace(-16, -2, 40)]):
+        b = scale * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+        found = slerp(a, b, t) / scale
+        expected = torch.tensor([math.cos(t * angle), math.sin(t * angle)], dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        if previous is not None and abs(angle - previous[0]) < 2e-3:
+            # along the arc no step is longer than that of the angle: nothing jumps
+            assert (found - previous[1]).norm() <= abs(angle - previous[0]) + 1e-12
+        previous = angle, found
+
+
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_the_old_switch_to_linear_leaves_no_jump(keep_norm):
     a = torch.tensor([1.0, 0.0], dtype=torch.float64)
     values = []
     for cosine in (0.9995 - 1e-9, 0.9995 + 1e-9):
         b = torch.tensor([cosine, (1 - cosine**2) ** 0.5], dtype=torch.float64)
-        values.append(slerp(a, b, 0.3))
-    assert (values[0] - values[1]).abs().max() < 1.25e-4  # t(1-t)ω²/2
+        values.append(slerp(a, b, 0.5, keep_norm=keep_norm))
+    assert (values[0] - values[1]).abs().max() < 1e-7  # the arguments differ by 6e-8
 
 
 def test_zero_and_opposite_tensors():

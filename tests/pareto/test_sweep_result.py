@@ -48,7 +48,7 @@ def test_normalized_is_over_the_expert_and_guards_zero():
     )
     zero = make_sweep(references=REFERENCES | {"experts": torch.tensor([0.9, 0.0, 1.0])})
     assert zero.normalized.isnan().any(dim=0).tolist() == [False, True, False]
-    assert any("zero on digits" in sentence for sentence in zero.warnings())
+    assert any("zero (or less) on digits" in sentence for sentence in zero.warnings())
     summary = zero.summary()
     assert summary["rows"]["equal"]["normalized"]["digits"] is None
     assert summary["hypervolume"]["normalized"] is None
@@ -96,6 +96,8 @@ def test_summary_is_the_fixed_json():
     assert list(summary) == [
         "tasks",
         "metric",
+        "higher_is_better",
+        "normalization",
         "rows",
         "hypervolume",
         "uniformity",

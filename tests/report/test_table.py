@@ -47,7 +47,7 @@ def test_markdown_has_both_blocks_and_every_row():
 
 def test_losses_and_missing_values_are_shown_as_they_are():
     result = make_sweep(2, metric="loss", higher_is_better=False)
-    assert "**loss**" in markdown_table(result)
+    assert "**loss, lower is better**" in markdown_table(result)
     references = dict(result.references)
     references["experts"] = torch.tensor([0.0, 0.5])
     text = markdown_table(make_sweep(2, references=references))

@@ -1,0 +1,101 @@
+"""The least squares of one layer: task vectors, and the objective of each task and fold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_merge.functional.projection import Quadratic, damped, same_input, weighted_sum
+from lightning_merge.layers.sites import Site
+from lightning_merge.layers.statistics import LayerSums
+
+TaskScale: TypeAlias = Literal["none", "per_sample", "per_energy"]
+FLOOR = 1e-6
+"""Residuals count as at least this share of the targets' energy where they divide."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """What the merge of one layer is solved from."""
+
+    site: Site
+    deltas: Tensor
+    """Task vectors, (T, g, o, i)."""
+    parts: Sequence[Sequence[Quadratic]]
+    """Objectives by task and fold."""
+    target_energies: Sequence[float]
+    """Energy of the targets by task."""
+    counts: Sequence[float]
+    """Columns by task."""
+
+    @property
+    def totals(self) -> list[Quadratic]:
+        """Objectives by task, over all folds."""
+        return [weighted_sum(folds, [1.0] * len(folds)) for folds in self.parts]
+
+    def weights(self, preference: Sequence[float], scale: TaskScale) -> list[float]:
+        r""":math:`w_t = p_t s_t`; see :data:`TaskScale`.
+
+        ``per_energy`` divides by the residual energy: relative errors count equally.
+        """
+        weights = []
+        for p, total, energy, count in zip(
+            preference, self.totals, self.target_energies, self.counts, strict=True
+        ):
+            if scale == "none":
+                divisor = 1.0
+            elif scale == "per_sample":
+                divisor = count
+            else:
+                divisor = max(total.energy, FLOOR * energy)
+            weights.append(p / divisor if divisor > 0 else 0.0)
+        return weights
+
+    def weighted(self, weights: Sequence[float]) -> tuple[Quadratic, list[Quadratic]]:
+        """The objective of all tasks together: over all samples, and by fold."""
+        folds = [weighted_sum(fold, weights) for fold in zip(*self.parts, strict=True)]
+        return weighted_sum(folds, [1.0] * len(folds)), folds
+
+
+def layer_problem(
+    site: Site,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    sums: Sequence[LayerSums],
+    *,
+    residual_gram: bool = False,
+    off_diagonal: float = 1.0,
+) -> LayerProblem:
+    """The problem of a layer, from its matrices (g, o, i) and the sums of every task.
+
+    Sums without targets give ``same_input`` targets: the expert's outputs on the same inputs.
+
+    Args:
+        site: The layer.
+        base: Its matrix in the base.
+        experts: Its matrices in the experts.
+        sums: Sums of every task, in the experts' order.
+        residual_gram: Keep the second moments of the residuals.
+        off_diagonal: RegMean's factor of the off-diagonal second moments.
+    """
+    deltas = torch.stack(list(experts)) - base
+    parts, energies = [], []
+    for delta, expert, task in zip(deltas, experts, sums, strict=True):
+        if task.has_targets:
+            parts.append(task.quadratics())
+            energies.append(task.target_energy)
+            continue
+        grams = task.grams()
+        if off_diagonal != 1:
+            grams = [damped(gram, off_diagonal) for gram in grams]
+        parts.append([same_input(delta, g, with_residual=residual_gram) for g in grams])
+        energies.append(sum(same_input(expert, gram).energy for gram in grams))
+    return LayerProblem(
+        site=site,
+        deltas=deltas,
+        parts=parts,
+        target_energies=energies,
+        counts=[task.count for task in sums],
+    )

@@ -1,0 +1,1 @@
+"""What AdaMerging is made of: task vectors, forward passes, samples, and what it learns."""

@@ -1,0 +1,294 @@
+"""The walk of every method that solves layers on their inputs: all at once, or one by one."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_merge.layers.collecting import Collecting, expert_sums, group_sums
+from lightning_merge.layers.problem import LayerProblem, layer_problem
+from lightning_merge.layers.sites import Kind, Site, Sites, find_sites
+from lightning_merge.layers.statistics import LayerSums
+from lightning_merge.layers.streams import CacheOptions, Stream
+from lightning_merge.layers.tracing import Group, Trace, trace
+from lightning_merge.methods.base import Calibration, WeightMethod
+from lightning_merge.networks import load_backbone, named_state
+from lightning_merge.runtime import Runtime
+from lightning_merge.states import StateDict, check_compatible, tied_names
+
+Solve = Callable[[LayerProblem, Tensor], Tensor]
+"""Gives the update (g, o, i) of a layer from its problem and the fallback's update."""
+TRACED = 2
+"""Samples that the order of the layers is traced on."""
+
+
+@dataclass(frozen=True)
+class BatchesOf:
+    """Calibration inputs in the form that the layers ask for."""
+
+    calibration: Calibration
+
+    @property
+    def runtime(self) -> Runtime:
+        """Where the work runs."""
+        return self.calibration.runtime
+
+    def slices(self, task: str) -> list[slice]:
+        """This process's batches as slices of samples."""
+        return self.calibration.slices(task)
+
+    def batch(self, task: str, rows: slice) -> Any:
+        """One batch, on the device."""
+        return self.runtime.to_device(self.calibration.inputs[task][rows])
+
+
+@dataclass(eq=False)
+class LayerWalk:
+    """A base, its experts and their inputs, seen layer by layer.
+
+    Args:
+        base: The pre-trained weights.
+        experts: Fine-tuned weights by task.
+        calibration: Networks and inputs.
+        fallback: What merges all that is no layer of ``kinds``, and where a walk begins.
+        kinds: Layers that are solved.
+        options: What is collected of them.
+        off_diagonal: RegMean's factor of the off-diagonal second moments.
+    """
+
+    base: StateDict
+    experts: Mapping[str, StateDict]
+    calibration: Calibration
+    fallback: WeightMethod
+    kinds: Sequence[Kind]
+    options: Collecting
+    off_diagonal: float = 1.0
+    state: dict[str, Tensor] = field(init=False)
+    """The merged weights so far."""
+    found: Sites = field(init=False)
+    order: Trace = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_compatible(self.base, self.experts)
+        missing = [task for task in self.experts if task not in self.calibration.inputs]
+        if missing:
+            raise ValueError(
+                f"no calibration inputs for {', '.join(missing)}: give some for every task."
+            )
+        network = self.network
+        self.found = find_sites(network, self.calibration.head, list(self.base), self.kinds)
+        inputs = self.calibration.inputs[next(iter(self.experts))]
+        batch = self.calibration.runtime.to_device(inputs[slice(0, TRACED)])
+        self.order = trace(network, self.found.handled, batch)
+        self.state = dict(self.fallback.merge(self.base, self.experts))
+        self._fallback = {
+            name: self.state[name].clone()
+            for site in self.sites
+            for name in (*site.weights, *site.biases)
+        }
+        if self.order.unused:
+            names = ", ".join(site.name for site in self.order.unused[:5])
+            warnings.warn(
+                f"{len(self.order.unused)} layers did not run on the calibration inputs and are "
+                f"merged by {type(self.fallback).__name__}: {names}.",
+                stacklevel=2,
+            )
+
+    @property
+    def network(self) -> nn.Module:
+        """A fresh network of the first task."""
+        return self.calibration.network(next(iter(self.experts)))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Layers that are solved, in the order in which they run."""
+        return self.order.sites
+
+    def matrix(self, site: Site, task: str | None = None) -> Tensor:
+        """Matrix of a layer in an expert, or in the base: (g, o, i), float64."""
+        state = self.base if task is None else self.experts[task]
+        return site.matrix(state, bias=self.options.bias)
+
+    def shape(self, site: Site) -> tuple[int, int, int]:
+        """Shape of a layer's matrix."""
+        g, o, i = self.matrix(site).shape
+        return g, o, i
+
+    def fallback_update(self, site: Site) -> Tensor:
+        """What the fallback makes of a layer, less the base."""
+        return site.matrix(self._fallback, bias=self.options.bias) - self.matrix(site)
+
+    def problem(self, site: Site, sums: Sequence[LayerSums]) -> LayerProblem:
+        """The problem of a layer from the sums of every task."""
+        return layer_problem(
+            site,
+            self.matrix(site),
+            [self.matrix(site, task) for task in self.experts],
+            [one.to("cpu") for one in sums],
+            residual_gram=self.options.residual_gram,
+            off_diagonal=self.off_diagonal,
+        )
+
+    def expert_statistics(self) -> dict[str, list[LayerSums]]:
+        """Sums of the experts' own inputs by layer, each a list over tasks; one pass a task."""
+        inputs = BatchesOf(self.calibration)
+        by_layer: dict[str, list[LayerSums]] = {site.name: [] for site in self.sites}
+        for task in self.experts:
+            network = self.calibration.network(task)
+            sums = expert_sums(network, task, self.sites, inputs, self.shape, self.options)
+            for name, one in sums.items():
+                by_layer[name].append(one.all_reduced(inputs.runtime.reduce).to("cpu"))
+        return by_layer
+
+    def write(self, site: Site, update: Tensor) -> Tensor:
+        """Set a layer to the base plus an update; returns the matrix."""
+        merged = self.matrix(site) + update
+        if not bool(merged.isfinite().all()):
+            raise ValueError(f"layer '{site.name}': the solution holds NaN or infinity.")
+        site.write(self.state, merged, bias=self.options.bias)
+        return merged
+
+    def finished(self) -> dict[str, Tensor]:
+        """The merged weights, with the base's ties."""
+        for later, first in tied_names(self.base).items():
+            self.state[later] = self.state[first]
+        return self.state
+
+    def one_by_one(
+        self,
+        solve: Solve,
+        *,
+        expert_targets: bool,
+        cache: CacheOptions = CacheOptions(),  # noqa: B008 (frozen)
+        start: nn.Module | None = None,
+        skip_fold: int | None = None,
+    ) -> nn.Module:
+        """Solve the layers in their order, each on what the merged network gives it so far.
+
+        Args:
+            solve: Solves one layer.
+            expert_targets: Aim at the expert's activations on its own way through the network, so
+                that the drift of earlier layers is corrected; else at the expert's outputs on the
+                merged network's inputs.
+            cache: Options of the block cache.
+            start: Network to begin with; by default handled layers are the base's.
+            skip_fold: Samples of this fold are left out.
+
+        Returns:
+            The merged network, on the runtime's device.
+        """
+        network = start or self._start()
+        runtime = self.calibration.runtime
+        tasks, inputs = tuple(self.experts), BatchesOf(self.calibration)
+        merged = Stream(network, inputs, tasks, self.order.chained, cache)
+        expert = None
+        if expert_targets:
+            scratch = self.network
+            expert = Stream(
+                scratch, inputs, tasks, self.order.chained, cache, load=self._loader(scratch)
+            )
+        groups = runtime.progress(self.order.groups, len(self.order.groups), "Merging layers")
+        for group in groups:
+            for stream in (merged, expert):
+                if stream is not None:
+                    stream.enter(group.block)
+            sums = self._sums(group, merged, expert, skip_fold)
+            for site in group.sites:
+                problem = self.problem(site, sums[site.name])
+                update = solve(problem, self.fallback_update(site))
+                matrix = self.write(site, update)
+                self._follow(network, site, matrix, sums[site.name])
+        return network
+
+    def _start(self) -> nn.Module:
+        """A network with the fallback's weights, and the base's in the layers to solve."""
+        network = self.network
+        state = dict(self.state)
+        handled = {name for site in self.sites for name in (*site.weights, *site.biases)}
+        for name in handled:
+            state[name] = self.base[name]
+        if not self.options.bias:
+            for site in self.sites:
+                for name in site.biases:
+                    state[name] = self.state[name]
+        load_backbone(network, state, self.calibration.head)
+        return network
+
+    def _loader(self, scratch: nn.Module) -> Callable[[str, str], None]:
+        live = named_state(scratch)
+
+        @torch.no_grad()
+        def load(task: str, prefix: str) -> None:
+            for name in self.base:
+                if name.startswith(prefix) and name in live:
+                    live[name].copy_(self.experts[task][name])
+
+        return load
+
+    def _sums(
+        self, group: Group, merged: Stream, expert: Stream | None, skip_fold: int | None
+    ) -> dict[str, list[LayerSums]]:
+        reduce = self.calibration.runtime.reduce
+        sums: dict[str, list[LayerSums]] = {site.name: [] for site in group.sites}
+        for task in self.experts:
+
+            def own(site: Site, task: str = task) -> Tensor:
+                return self.matrix(site, task)
+
+            found = group_sums(
+                group,
+                task,
+                merged,
+                expert,
+                self.shape,
+                None if expert is None else (self.matrix, own),
+                self.options,
+                skip_fold,
+            )
+            for site in group.sites:
+                sums[site.name].append(found[site.name].all_reduced(reduce).to("cpu"))
+        return sums
+
+    @torch.no_grad()
+    def _follow(
+        self, network: nn.Module, site: Site, matrix: Tensor, sums: Sequence[LayerSums]
+    ) -> None:
+        """Bring the live network up to date with what was written."""
+        module = network.get_submodule(site.modules[0])
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            self._renormalise(module, site, matrix, sums)
+        live = named_state(network)
+        for name in (*site.weights, *site.biases):
+            live[name].copy_(self.state[name])
+
+    def _renormalise(
+        self, module: _BatchNorm, site: Site, matrix: Tensor, sums: Sequence[LayerSums]
+    ) -> None:
+        """Give a batch norm the statistics of its inputs, and leave its function as it was solved.
+
+        The averaged statistics it starts with belong to no network. Re-estimation after the merge
+        then finds what is here already.
+        """
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        if not (self.options.bias and site.biases):
+            return
+        grams = [torch.stack(one.grams()).sum(0) / one.count for one in sums if one.count > 0]
+        moments = torch.stack(grams).mean(0)  # tasks count alike, as in a mixed batch
+        mean, second = moments[:, 0, 1], moments[:, 0, 0]
+        variance = second - mean.square()
+        old = module.running_var.double().cpu() + module.eps
+        new_variance = (variance * old).clamp_min(0)
+        factor = ((new_variance + module.eps) / old).sqrt()
+        shift = matrix[:, 0, 1] + matrix[:, 0, 0] * mean
+        renormalised = torch.stack([matrix[:, 0, 0] * factor, shift], -1)[:, None]
+        site.write(self.state, renormalised, bias=self.options.bias)
+        module.running_mean += (mean * old.sqrt()).to(module.running_mean)
+        module.running_var.copy_(new_variance)
+        for name in site.modules:
+            self.state[f"{name}.running_mean"].copy_(module.running_mean)
+            self.state[f"{name}.running_var"].copy_(module.running_var)

@@ -1,0 +1,353 @@
+"""Output-space projection: merging as least squares on what the layers put out."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_merge.functional.bases import FREE, BasisName, Directions, make_basis
+from lightning_merge.functional.coefficients import SMALL_RIDGE, Ridge, solve_system
+from lightning_merge.functional.preference import as_preference
+from lightning_merge.functional.projection import System
+from lightning_merge.functional.quadratic import Constraint
+from lightning_merge.layers.collecting import Collecting
+from lightning_merge.layers.problem import LayerProblem, TaskScale
+from lightning_merge.layers.sites import Kind, Site
+from lightning_merge.layers.statistics import LayerSums, Sampling
+from lightning_merge.layers.streams import CacheOptions
+from lightning_merge.methods.average import Average
+from lightning_merge.methods.base import CalibratedMethod, Calibration, WeightMethod
+from lightning_merge.methods.layer_solution import (
+    LayerInputs,
+    LayerOptions,
+    LayerReport,
+    solve_layer,
+)
+from lightning_merge.methods.layerwise import LayerWalk
+from lightning_merge.methods.output_error import output_error
+from lightning_merge.states import StateDict
+
+ALL_KINDS: tuple[Kind, ...] = ("linear", "convolution", "attention", "norm", "embedding")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class OutputProjection(CalibratedMethod):
+    r"""Updates of the base whose layer outputs are nearest to the experts', layer by layer.
+
+    .. math:: \min_{\alpha} \sum_t w_t \Big\|\sum_k \alpha_k B_k X_t - R_t\Big\|_F^2
+
+    After "Model Merging by Output-Space Projection" (arXiv 2605.29101); what its public abstract
+    leaves open is derived here, see ``docs/methods/output_projection.md``. Linear layers,
+    convolutions and the projections of attentions get an update of the ``basis``; norms and
+    embeddings are least squares of their own; all else is the fallback's.
+    """
+
+    basis: BasisName = "full"
+    """``task``: one coefficient for each task vector and layer. ``task_global``: one for all
+    layers (``mode=parallel``). ``row``: one for each output. ``rotated_row``: one for each
+    direction of the outputs. ``block``: one for each block of rows. ``subspace``: any update of
+    ``rank`` directions. ``span``: one for each included method. ``full``: any update."""
+    mode: Literal["sequential", "parallel"] = "sequential"
+    """Each layer on what the merged network gives it so far, or all on the experts' inputs."""
+    targets: Literal["expert_output", "same_input"] = "expert_output"
+    """In sequential mode: the expert's activations on its own way through the network, which also
+    makes up for the drift of earlier layers, or its outputs on the very same inputs."""
+    lower: float | None = None
+    """Least value of every coefficient; null: none."""
+    upper: float | None = None
+    """Largest value of every coefficient; null: none."""
+    total: float | None = None
+    """Sum of the coefficients of a problem; null: any."""
+    heuristics: tuple[WeightMethod, ...] = ()
+    """Methods whose updates join the basis, so that none is better on the calibration inputs."""
+    preference: dict[str, float] | None = None
+    """Weight of each task; null: all alike."""
+    task_scale: TaskScale = "per_energy"
+    """What makes tasks comparable: relative errors, errors a column, or sums."""
+    ridge: Ridge = None
+    """Pull to the average, relative to the mean curvature; ``auto``: least error on folds left out;
+    null: 1e-3 for free matrices, 1e-6 for coefficients."""
+    layers: tuple[Kind, ...] = ALL_KINDS
+    """Kinds of layers that are solved."""
+    fallback: WeightMethod | None = None
+    """Merges all else; null: the average, weighted by the preference."""
+    safeguard: bool = True
+    """Where a heuristic has a lower error than the solution has on folds left out, it is kept."""
+    sweeps: int = 1
+    """Passes through the layers in sequential mode; the one whose representation is nearest to
+    the experts' on a fold left out is kept."""
+    directions: Directions = "residual"
+    """Of ``rotated_row`` and ``subspace``: eigenvectors of the residuals' second moments, of the
+    part any linear update can reach (the best for ``subspace``), or the outputs themselves."""
+    rank: int | None = None
+    """Directions of ``subspace``; null: a quarter of the outputs."""
+    num_blocks: int = 8
+    """Blocks of ``block``, such as heads."""
+    num_folds: int | None = 5
+    """Folds for the safeguard and ``ridge=auto``; null: none, and a fifth of the memory."""
+    tokens_per_sample: int | None = 64
+    """At most as many columns (tokens, patches) of each sample, drawn by a hash; null: all."""
+    seed: int = 0
+    """Of the draw."""
+    cache_gigabytes: float = 4.0
+    """Host memory for inputs of the current block; above it, every layer takes whole passes."""
+
+    def __post_init__(self) -> None:
+        known = BasisName.__args__  # type: ignore[attr-defined]
+        if self.basis not in known:
+            raise ValueError(f"basis={self.basis!r}: expected one of {known}.")
+        if isinstance(self.ridge, (int, float)) and not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge={self.ridge}: expected a finite number of at least 0.")
+        if self.basis in FREE and not self.constraint.is_free:
+            raise ValueError(
+                f"basis='{self.basis}' has no coefficients to constrain: leave lower, upper and "
+                "total null, or choose task, row or block."
+            )
+        if self.basis == "span" and not self.heuristics:
+            raise ValueError("basis='span' needs methods to span it: give heuristics=[...].")
+        if self.basis == "task_global" and self.mode == "sequential":
+            raise ValueError(
+                "basis='task_global' shares its coefficients between layers, so all must be known "
+                "at once: choose mode='parallel'."
+            )
+        if self.sweeps < 1 or (self.sweeps > 1 and self.mode == "parallel"):
+            raise ValueError(f"sweeps={self.sweeps}: expected 1, or more in sequential mode.")
+        if self.sweeps > 1 and self.num_folds is None:
+            raise ValueError("sweeps > 1 are compared on a fold left out: give num_folds.")
+        _ = self._collecting  # checks the sampling
+
+    @property
+    def constraint(self) -> Constraint:
+        """The feasible coefficients."""
+        return Constraint(lower=self.lower, upper=self.upper, total=self.total)
+
+    def merge(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> dict[str, Tensor]:
+        """Merge the experts into one state dict; arguments and result as in ``WeightMethod``.
+
+        Raises:
+            ValueError: If keys or shapes differ, inputs of a task are missing or give values that
+                are not finite, constraints are infeasible, or a layer's weight is computed from
+                others.
+        """
+        return self.project(base, experts, calibration)[0]
+
+    def project(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """Merge as :meth:`merge` does, and tell what happened to each layer."""
+        solver = _Solver(self, base, experts, calibration)
+        if self.mode == "sequential":
+            return solver.sequential()
+        return solver.parallel(solver.walk.expert_statistics())
+
+    def solve(
+        self,
+        base: StateDict,
+        experts: Mapping[str, StateDict],
+        calibration: Calibration,
+        statistics: Mapping[str, Sequence[LayerSums]],
+    ) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """Merge in parallel mode from statistics, with no pass over the inputs.
+
+        Another preference, basis, ridge or constraint is solved from the same statistics.
+
+        Args:
+            base: The pre-trained weights.
+            experts: Fine-tuned weights by task.
+            calibration: As they were collected with.
+            statistics: What :meth:`statistics` gave.
+        """
+        return _Solver(self, base, experts, calibration).parallel(statistics)
+
+    def statistics(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> dict[str, list[LayerSums]]:
+        """Sums of the experts' inputs by layer, each a list over tasks: one pass a task."""
+        return _Solver(self, base, experts, calibration).walk.expert_statistics()
+
+    @property
+    def _collecting(self) -> Collecting:
+        sampling = Sampling(
+            num_folds=self.num_folds, tokens_per_sample=self.tokens_per_sample, seed=self.seed
+        )
+        wanted = self.basis in ("rotated_row", "subspace") and self.directions == "residual"
+        return Collecting(sampling=sampling, bias=True, residual_gram=wanted)
+
+    def _options(self) -> LayerOptions:
+        return LayerOptions(
+            basis=self.basis,
+            ridge=self.ridge,
+            constraint=self.constraint,
+            directions=self.directions,
+            rank=self.rank,
+            num_blocks=self.num_blocks,
+            safeguard=self.safeguard,
+        )
+
+
+class _Solver:
+    """One merge: the walk through the layers, and the report that grows with it."""
+
+    def __init__(
+        self,
+        method: OutputProjection,
+        base: StateDict,
+        experts: Mapping[str, StateDict],
+        calibration: Calibration,
+    ) -> None:
+        self.method = method
+        self.calibration = calibration
+        self.preference = as_preference(
+            method.preference or dict.fromkeys(experts, 1.0), list(experts)
+        )
+        elements = len(method.heuristics) + (0 if method.basis == "span" else len(experts))
+        method.constraint.check(elements)
+        self.walk = LayerWalk(
+            base,
+            experts,
+            calibration,
+            method.fallback or Average(weights=self._average_weights(experts)),
+            method.layers,
+            method._collecting,
+        )
+        self.included = {
+            f"{type(one).__name__} {number}": one.merge(base, experts)
+            for number, one in enumerate(method.heuristics)
+        }
+        self.reports: list[LayerReport] = []
+
+    def _average_weights(self, experts: Mapping[str, StateDict]) -> dict[str, float] | None:
+        if self.method.preference is None:
+            return None
+        return dict(zip(experts, self.preference.tolist(), strict=True))
+
+    def sequential(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """Layer by layer, perhaps several times; the best sweep counts."""
+        method, walk = self.method, self.walk
+        cache = CacheOptions(limit_gigabytes=method.cache_gigabytes)
+        best: tuple[float, dict[str, Tensor], list[LayerReport]] | None = None
+        network: nn.Module | None = None
+        for _ in range(method.sweeps):
+            self.reports = []
+            network = walk.one_by_one(
+                self.solve,
+                expert_targets=method.targets == "expert_output",
+                cache=cache,
+                start=network,
+                skip_fold=0 if method.sweeps > 1 else None,
+            )
+            if method.sweeps == 1:
+                break
+            error = output_error(
+                network, self.calibration, list(walk.experts), self.preference, method.num_folds
+            )
+            if best is None or error < best[0]:
+                state = {name: value.clone() for name, value in walk.finished().items()}
+                best = (error, state, self.reports)
+        self._warn()
+        return (walk.finished(), self.reports) if best is None else best[1:]
+
+    def parallel(
+        self, statistics: Mapping[str, Sequence[LayerSums]]
+    ) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """All layers from the sums of the experts' inputs."""
+        walk = self.walk
+        shared = self._global(statistics) if self.method.basis == "task_global" else None
+        for site in walk.sites:
+            problem = walk.problem(site, statistics[site.name])
+            update = self.solve(problem, walk.fallback_update(site), shared)
+            walk.write(site, update)
+        self._warn()
+        return walk.finished(), self.reports
+
+    def solve(
+        self, problem: LayerProblem, fallback: Tensor, shared: Tensor | None = None
+    ) -> Tensor:
+        """The update of one layer; ``shared`` are coefficients of all layers, (1, 1, E)."""
+        inputs = self._inputs(problem, fallback)
+        options = self.method._options().for_kind(problem.site.kind)
+        if shared is not None and options.basis == "task_global":
+            elements = torch.cat(
+                [inputs.deltas, *(x[None] for x in list(inputs.heuristics.values())[1:])]
+            )
+            update = torch.tensordot(shared[0, 0], elements, 1)
+            report = LayerReport(
+                name=inputs.name,
+                basis="task_global",
+                captured=inputs.total.captured(update),
+                held_out=math.nan,
+                heuristics={n: inputs.total.captured(u) for n, u in inputs.heuristics.items()},
+                ridge=self._global_ridge,
+                rank=-1,
+                unknowns=shared.shape[-1],
+                kept="solution",
+                coefficients=tuple(shared[0, 0].tolist()),
+            )
+        else:
+            update, report = solve_layer(inputs, options)
+        self.reports.append(report)
+        return update
+
+    @property
+    def _global_ridge(self) -> float:
+        return self.method.ridge if isinstance(self.method.ridge, float) else SMALL_RIDGE
+
+    def _global(self, statistics: Mapping[str, Sequence[LayerSums]]) -> Tensor:
+        """Coefficients that all layers share, from the sum of their systems."""
+        systems = []
+        for site in self.walk.sites:
+            if self.method._options().for_kind(site.kind).basis != "task_global":
+                continue
+            problem = self.walk.problem(site, statistics[site.name])
+            inputs = self._inputs(problem, self.walk.fallback_update(site))
+            elements = torch.cat(
+                [inputs.deltas, *(x[None] for x in list(inputs.heuristics.values())[1:])]
+            )
+            systems.append(make_basis("task", inputs.total, elements).system(inputs.total))
+        total = System(
+            gram=torch.stack([system.gram for system in systems]).sum(0),
+            cross=torch.stack([system.cross for system in systems]).sum(0),
+            energy=math.fsum(system.energy for system in systems),
+        )
+        start = torch.zeros_like(total.cross)
+        start[0, 0, : len(self.preference)] = self.preference
+        return solve_system(total, start, self._global_ridge, self.method.constraint)
+
+    def _inputs(self, problem: LayerProblem, fallback: Tensor) -> LayerInputs:
+        weights = problem.weights(self.preference.tolist(), self.method.task_scale)
+        total, folds = problem.weighted(weights)
+        site = problem.site
+        heuristics = {"fallback": fallback}
+        for name, state in self.included.items():
+            heuristics[name] = self._update_of(site, state)
+        return LayerInputs(
+            name=site.name,
+            total=total,
+            folds=folds,
+            deltas=problem.deltas,
+            heuristics=heuristics,
+            preference=self.preference,
+        )
+
+    def _update_of(self, site: Site, state: StateDict) -> Tensor:
+        return site.matrix(state, bias=True) - self.walk.matrix(site)
+
+    def _warn(self) -> None:
+        lacking = [r for r in self.reports if 0 <= r.rank < r.unknowns]
+        if self.method.basis in FREE and self.method.ridge != 0:
+            return  # the ridge settles what the inputs leave open
+        if lacking:
+            shown = ", ".join(f"{r.name} (rank {r.rank} of {r.unknowns})" for r in lacking[:5])
+            warnings.warn(
+                f"{len(lacking)} layers do not determine all of their coefficients; those nearest "
+                f"to the average were taken: {shown}. Elements are collinear, or there are too "
+                "few calibration samples.",
+                stacklevel=4,
+            )

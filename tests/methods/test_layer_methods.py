@@ -1,0 +1,154 @@
+"""The methods that solve layers, on networks that they know nothing of, and by every way in."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_merge import ExpertPool, MergedModel, merge_experts
+from lightning_merge.calibrating import reestimate_batch_norm
+from lightning_merge.cli import main
+from lightning_merge.layers.sites import find_sites
+from lightning_merge.layers.tracing import trace
+from lightning_merge.merging import describe
+from lightning_merge.methods import OutputProjection, RegMean, TaskArithmetic
+from lightning_merge.methods.output_error import output_error
+from lightning_merge.methods.projection import ALL_KINDS
+from lightning_merge.networks import call_network, load_backbone, split_state
+from lightning_merge.runtime import Runtime
+from tests.callbacks.project import Classifier, samples
+from tests.layers.networks import calibration_of, experts_of
+from tests.networks import make, tuned
+
+LAYERS = {"vit": 2 * 6 + 2, "convnext": 4 * 4 + 3 * 2 + 2, "resnet": 20}
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext", "resnet"])
+def test_timm_networks(kind):
+    network, head, shape = make(kind)
+    experts = {f"t{seed}": tuned(network, seed, 0.2) for seed in range(2)}
+    inputs = {task: torch.randn(6, *shape) for task in experts}
+    sites = find_sites(network, head, list(network.state_dict()), ALL_KINDS)
+    assert len(sites.handled) >= LAYERS[kind]
+    assert not trace(network, sites.handled, inputs["t0"][:2]).unused
+    basis = {"vit": "full", "convnext": "row", "resnet": "task"}[kind]
+    for method in (OutputProjection(basis=basis), RegMean()):
+        model = merge_experts(
+            experts, method, inputs, base=network, head=head, correction=None, batch_size=4
+        )
+        assert model.record["method"] == describe(method)
+        assert all(v.isfinite().all() for v in model.network.state_dict().values())
+
+
+def test_batch_norms_get_the_statistics_of_the_merged_network():
+    network, head, shape = make("resnet")
+    experts = {f"t{seed}": tuned(network, seed, 0.2) for seed in range(2)}
+    inputs = {task: torch.randn(10, *shape) for task in experts}
+    calibration = calibration_of(experts, inputs, head, batch_size=5)
+    base = split_state(network, head)[0]
+    states = {task: split_state(expert, head)[0] for task, expert in experts.items()}
+    method = OutputProjection(basis="row", tokens_per_sample=None, num_folds=None)
+    state, reports = method.project(base, states, calibration)
+    # Their function stays what was solved: captured shares are those of the update.
+    assert all(r.captured > max(r.heuristics.values()) - 1e-6 for r in reports)
+    load_backbone(network, state, head)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert reestimate_batch_norm(network, head, calibration.inputs, Runtime(), batch_size=5)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-4)
+    equal = torch.tensor([0.5, 0.5]).double()
+    error = output_error(network, calibration, list(states), equal, None, fold=None)
+    assert math.isfinite(error)
+
+
+def test_a_transformers_encoder_with_padding():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=13,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=9,
+        num_labels=3,
+    )
+    network = transformers.BertForSequenceClassification(config).eval()
+    experts = experts_of(network, 2, 0.1)
+    lengths = torch.arange(12) % 5 + 3
+    batch = {
+        "input_ids": torch.randint(0, 13, (12, 7)),
+        "attention_mask": (torch.arange(7)[None] < lengths[:, None]).long(),
+    }
+    calibration = calibration_of(experts, dict.fromkeys(experts, batch), "classifier", 5)
+    base = split_state(network, "classifier")[0]
+    states = {task: split_state(expert, "classifier")[0] for task, expert in experts.items()}
+    merged, reports = OutputProjection(basis="row").project(base, states, calibration)
+    names = {report.name for report in reports}
+    assert "bert.encoder.layer.1.attention.self.value" in names
+    assert "bert.embeddings.word_embeddings" in names
+    assert "bert.encoder.layer.0.output.LayerNorm" in names
+    sites = find_sites(network, "classifier", list(base), ALL_KINDS).handled
+    order = trace(network, sites, batch)
+    shared = {tuple(s.name.rpartition(".")[2] for s in g.sites) for g in order.groups}
+    assert ("query", "key", "value") in shared
+    load_backbone(network, merged, "classifier")
+    assert call_network(network, batch).logits.isfinite().all()
+
+
+@pytest.fixture
+def pool(tmp_path):
+    base = Classifier().model
+    model = {"class_path": "tests.callbacks.project.Net", "init_args": {}}
+    pool = ExpertPool.create(tmp_path / "pool", base, "net.9", model=model)
+    for seed, task in enumerate(("one", "two")):
+        pool.add(task, tuned(base, seed), calibration=samples(seed, 30)[0])
+    return pool
+
+
+def test_the_command_line_and_a_pool_give_what_python_gives(pool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lightning-merge"])
+    main(
+        [
+            *("merge", "--trainer.accelerator=cpu", "--trainer.devices=1"),
+            *("--trainer.enable_progress_bar=false", "--correction=null"),
+            *(f"--pool={pool.path}", f"--output={tmp_path / 'merged'}"),
+            *("--method=OutputProjection", "--method.basis=row", "--method.lower=0"),
+            '--method.heuristics=[{"class_path": "TaskArithmetic", "init_args": {"scale": 0.5}}]',
+        ]
+    )
+    loaded = MergedModel.load(tmp_path / "merged")
+    method = OutputProjection(basis="row", lower=0.0, heuristics=(TaskArithmetic(scale=0.5),))
+    direct = merge_experts(pool, method, correction=None)
+    for name, value in direct.network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], value)
+    settings = loaded.record["method"]["init_args"]
+    assert settings["heuristics"][0]["class_path"].endswith("TaskArithmetic")
+
+
+def test_correction_regmean_and_full_give_one_answer_to_one_problem():
+    """An identity layer before the head is a problem of all three."""
+    from lightning_merge.correction import ClosedFormCorrection, CorrectionStatistics
+    from lightning_merge.functional.projection import Quadratic
+    from lightning_merge.functional.ridge import ridge_towards
+
+    x, y = torch.randn(30, 5).double(), torch.randn(30, 5).double()
+    statistics = CorrectionStatistics(5, 5)
+    statistics.update(x, y)
+    corrected = ClosedFormCorrection(
+        {"task": statistics}, prior="identity", beta=1e-3, beta_mode="relative"
+    ).solve({"task": 1.0})
+    # The residual of an identity, its updates pulled to none.
+    quadratic = Quadratic(
+        gram=(x.T @ x)[None], cross=((y - x).T @ x)[None], energy=float((y - x).square().sum())
+    )
+    ridge = 1e-3 * float(quadratic.gram.diagonal(dim1=-2, dim2=-1).mean())
+    zero = torch.zeros(1, 5, 5).double()
+    update = ridge_towards(quadratic.cross, quadratic.gram, zero, ridge)[0]
+    torch.testing.assert_close(
+        torch.eye(5).double() + update, corrected.weight, rtol=1e-9, atol=1e-9
+    )
+    assert math.isclose(
+        quadratic.objective(update[None]),
+        statistics.total().error(corrected.weight),
+        rel_tol=1e-8,
+    )

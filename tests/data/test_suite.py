@@ -127,3 +127,14 @@ def test_from_the_command_line_with_short_class_names():
     assert suite.selected.seed == 4
     with pytest.raises(ArgumentError, match="runes"):
         parse(["--data=TaskSuite", f"--data.tasks={tasks.replace('math', 'runes')}"])
+
+
+def test_a_transductive_suite_calibrates_on_the_test_inputs_alone():
+    suite = TaskSuite({"low": Numbers()}, batch_size=4, transductive=True)
+    found = suite.calibration_dataset("low")
+    test = suite.test_dataset("low")
+    assert len(found) == len(test)
+    assert [float(found[i]) for i in range(len(found))] == [float(test[i][0]) for i in range(7)]
+    batches = list(suite.predict_dataloader())
+    assert all(isinstance(batch, torch.Tensor) for batch in batches)
+    assert torch.cat(batches).flatten().tolist() == [float(test[i][0]) for i in range(7)]

@@ -61,3 +61,17 @@ def test_bad_arguments():
         PlainTransform(mean=[0.5, 0.5])
     with pytest.raises(ValueError, match="std positive"):
         PlainTransform(std=0.0)
+
+
+def test_the_crop_of_clip_keeps_the_whole_shorter_side():
+    name = "vit_base_patch32_clip_quickgelu_224.openai"
+    whole = TimmTransform(name, crop=1.0)
+    # Dark but for a bright frame of four pixels, which any smaller crop loses.
+    pixels = np.zeros((224, 224, 3), dtype=np.uint8)
+    pixels[:4] = pixels[-4:] = pixels[:, :4] = pixels[:, -4:] = 255
+    image = Image.fromarray(pixels)
+    assert whole(image).shape == (3, 224, 224)
+    assert whole(image)[0, 0].min() > 1
+    assert TimmTransform(name)(image)[0, 0].max() < whole(image)[0, 0].min()
+    with pytest.raises(ValueError, match=r"share of the shorter side, in \(0, 1\], got 1.5"):
+        TimmTransform(name, crop=1.5)

@@ -25,6 +25,7 @@ import lightning_merge.callbacks
 import lightning_merge.data
 import lightning_merge.methods
 import lightning_merge.modules  # noqa: F401
+from lightning_merge.lost import LostProcessError
 from lightning_merge.strategies import FirstProcessError
 from lightning_merge.trainer import MergeTrainer
 
@@ -208,7 +209,7 @@ def main(args: ArgsType = None) -> None:
         )
     except FirstProcessError:
         sys.exit(1)  # the first process says why
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, LostProcessError) as error:
         words = sys.argv[1:] if args is None else list(args)
         if not set(OWN) & set(words):
             raise  # a fit runs the user's code: its traceback matters

@@ -82,7 +82,7 @@ def base_network(
         )
     shortest = min(anchors, key=len)
     prefix = "" if shortest.startswith(ends[0]) else shortest[: shortest.index(ends[1]) + 1]
-    return _shell(
+    return shell(
         {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, head
     )
 
@@ -96,7 +96,8 @@ class _Shell(nn.Module):
     """Parameters in the places that their names say, with nothing to compute."""
 
 
-def _shell(state: Mapping[str, Tensor], head: str) -> nn.Module:
+def shell(state: Mapping[str, Tensor], head: str) -> nn.Module:
+    """A module with a state's names and values and nothing to compute; the head has its layers."""
     root = _Shell()
     for name, value in state.items():
         *parents, leaf = name.split(".")

@@ -96,7 +96,7 @@ class ExpertPool:
             pool = cls.open(path)
             if exist_ok and (pool.fingerprint, pool.head) == (digest, head):
                 return pool
-            raise ValueError(_occupied(pool, digest, head))
+            raise ValueError(_occupied(pool, digest, head, stored))
         write_tensors(path / "base.safetensors", stored, {"fingerprint": digest})
         write_json(
             path / "pool.json",
@@ -331,28 +331,48 @@ def build_network(model: Mapping[str, Any]) -> nn.Module:
 
 
 def _warn_if_implausible(task: str, base: StateDict, expert: StateDict) -> None:
-    ratios = []
-    for name in base:
-        origin = base[name]
-        if origin.is_floating_point() and origin.ndim >= 2 and origin.numel():
-            moved = torch.linalg.vector_norm(expert[name].float().cpu() - origin.float())
-            ratios.append(float(moved / torch.linalg.vector_norm(origin.float()).clamp_min(1e-12)))
-    if ratios and sorted(ratios)[len(ratios) // 2] > 1.0:
+    distance = relative_distance(base, expert)
+    if distance > 1.0:
         warnings.warn(
             f"expert '{task}' is implausibly far from the base (median relative distance "
-            f"{sorted(ratios)[len(ratios) // 2]:.2f}, fine-tuning gives well below 1): it may "
+            f"{distance:.2f}, fine-tuning gives well below 1): it may "
             "come from another base or a random initialisation, and its task vector then means "
             "nothing. Start its fit from the pool's base.",
             stacklevel=3,
         )
 
 
-def _occupied(pool: ExpertPool, digest: str, head: str) -> str:
+def relative_distance(base: StateDict, expert: StateDict) -> float:
+    """Median over the matrices of how far an expert is from its base, relative to the base's norm.
+
+    Fine-tuning gives well below 1, two random initialisations about 1.4. Matrices that are not in
+    both, in the same shape, do not count; 0 where there is none.
+    """
+    ratios = []
+    for name in base:
+        if name not in expert or expert[name].shape != base[name].shape:
+            continue
+        origin = base[name]
+        if origin.is_floating_point() and origin.ndim >= 2 and origin.numel():
+            moved = torch.linalg.vector_norm(expert[name].float().cpu() - origin.float())
+            ratios.append(float(moved / torch.linalg.vector_norm(origin.float()).clamp_min(1e-12)))
+    return sorted(ratios)[len(ratios) // 2] if ratios else 0.0
+
+
+def _occupied(pool: ExpertPool, digest: str, head: str, found: StateDict) -> str:
     if pool.head != head:
         return f"{pool.path} has the head '{pool.head}', found '{head}'. Use the same head."
     if pool.fingerprint != digest:
+        distance = relative_distance(pool.base, found)
+        guess = (
+            "as two random initialisations are: experts of these cannot be merged"
+            if distance > 1
+            else "as a network is that was trained further"
+        )
         return (
             f"{pool.path} holds another base (fingerprint {pool.fingerprint[:12]}, this network "
-            f"has {digest[:12]}). Start from the pool's base, or give a folder of its own."
+            f"has {digest[:12]}; it is {distance:.2f} of the base's norm away, {guess}). Start "
+            f"every fit from the pool's base, which is {pool.path / 'base.safetensors'} without "
+            "its head, or give a folder of its own."
         )
     return f"{pool.path} is a pool already. Open it with ExpertPool.open, or give another folder."

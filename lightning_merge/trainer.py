@@ -18,9 +18,11 @@ from lightning_merge.correction import CorrectionOptions
 from lightning_merge.diagnosing import diagnose_experts
 from lightning_merge.evaluation import Scores
 from lightning_merge.exporting import Format
+from lightning_merge.hooks import through_hooks
 from lightning_merge.importing import calibration_file, open_pool
 from lightning_merge.loading import example_inputs, load_merged, network_within, pool_of
 from lightning_merge.logging import log_sweep
+from lightning_merge.lost import naming_lost_processes
 from lightning_merge.merged import MergedModel, record_scores
 from lightning_merge.merging import BatchNorm, Correction, SameBase, chosen_tasks, merge_experts
 from lightning_merge.methods import Average, MergeMethod, WeightMethod
@@ -290,8 +292,9 @@ class MergeTrainer(Trainer):
     def _staged(self, work: Callable[..., None], *args: Any) -> None:
         self.strategy.setup_environment()
         try:
-            work(*args)
-            self.strategy.barrier("lightning_merge")
+            with naming_lost_processes(f"the {work.__name__.strip('_')}"):
+                work(*args)
+                self.strategy.barrier("lightning_merge")
         finally:
             self.strategy.teardown()
 
@@ -406,7 +409,9 @@ class MergeTrainer(Trainer):
         result, scores = sweep_model(
             steerable,
             pool_of(merged, steerable, pool),
-            lambda task: sharded(suite.dataloader(suite.test_dataset(task)), runtime),
+            lambda task: through_hooks(
+                sharded(suite.dataloader(suite.test_dataset(task)), runtime), datamodule
+            ),
             grid,
             runtime,
             keep=0 if chosen else LIVE_SAMPLES,

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_merge.hooks import through_hooks
 from lightning_merge.strategies import reading_order, reordered
 
 SOURCES = ("calibration", "val", "train")
@@ -25,7 +26,8 @@ def calibration_batches(
     """Batches of unlabeled inputs: the first source that there is.
 
     Where the source has more samples than are wanted, they are spread evenly over it, as data
-    sets are often sorted by class.
+    sets are often sorted by class. Batches pass the transfer hooks of the project on their way, as
+    they do in its own loops.
 
     Args:
         trainer: The Trainer, after the fit.
@@ -41,7 +43,8 @@ def calibration_batches(
     for name in SOURCES if source == "auto" else (source,):
         loaders = _loaders(trainer, task, name)
         if loaders:
-            for batch in _spread(loaders, limit):
+            owners = (getattr(trainer, "datamodule", None), trainer.lightning_module)
+            for batch in through_hooks(_spread(loaders, limit), *owners):
                 yield unlabeled(batch, network, names)
             return
     raise ValueError(

@@ -12,7 +12,13 @@ from lightning_merge.methods import Average, MergeMethod
 
 
 def plain(value: Any) -> Any:
-    """Turn mappings and sequences of any kind (Hydra's too) into dicts and lists, all through."""
+    """Turn mappings and sequences of any kind (Hydra's too) into dicts and lists, all through.
+
+    Hydra's ``{_target_: path, **arguments}`` becomes ``{class_path, init_args}``.
+    """
+    if isinstance(value, Mapping) and "_target_" in value:
+        arguments = {str(k): plain(v) for k, v in value.items() if not str(k).startswith("_")}
+        return {"class_path": str(value["_target_"]), "init_args": arguments}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -43,7 +49,15 @@ def build_correction(spec: Any) -> Correction:
         return spec
     if spec == "none":
         return None
-    return _parse(CorrectionOptions, "correction", plain(spec), subclass=False)
+    options = plain(spec)
+    if isinstance(options, dict) and "class_path" in options:
+        if options["class_path"].rpartition(".")[2] != CorrectionOptions.__name__:
+            raise ValueError(
+                f"correction: '{options['class_path']}' is no CorrectionOptions. Give its options, "
+                "'paper' or 'none'."
+            )
+        options = options.get("init_args", {})
+    return _parse(CorrectionOptions, "correction", options, subclass=False)
 
 
 def _parse(kind: type, name: str, spec: Any, *, subclass: bool) -> Any:

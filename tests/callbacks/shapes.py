@@ -32,7 +32,7 @@ class XRay(LightningModule):
         self.save_hyperparameters()
         self.backbone = backbone
         self.feature_extractor = seeded(Extractor)
-        self.fc = seeded(lambda: nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1)))
+        self.fc = seeded(lambda: nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 1)))
         self.auroc = BinaryAUROC()
         self.lr = lr
 

@@ -46,7 +46,7 @@ def run_script(out, module, **env):
         env=env,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         check=False,
     )
 

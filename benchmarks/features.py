@@ -13,6 +13,7 @@ from lightning_merge.correction import ClosedFormCorrection, CorrectionOptions, 
 from lightning_merge.methods import MergeMethod, WeightMethod
 from lightning_merge.networks import load_backbone, representation
 from lightning_merge.runtime import Runtime
+from lightning_merge.states import StateDict
 
 Features = dict[str, Tensor]
 BATCH = 250
@@ -114,10 +115,23 @@ def merge(
         tasks: Merge these only.
     """
     assert isinstance(method, WeightMethod)
+    pool, names = experts.pool, list(tasks or experts.tasks)
+    state = method.merge(pool.base, {task: pool.expert(task) for task in names})
+    return features_of(experts, state, known, limit=limit, tasks=names)
+
+
+def features_of(
+    experts: Experts,
+    state: StateDict,
+    known: References,
+    *,
+    limit: int | None = None,
+    tasks: Sequence[str] | None = None,
+) -> Merge:
+    """Re-estimate the batch norms of merged weights and pass all inputs; see :func:`merge`."""
     pool, network = experts.pool, experts.template
     data = {task: experts.tasks[task] for task in tasks or experts.tasks}
-    merged = method.merge(pool.base, {task: pool.expert(task) for task in data})
-    load_backbone(network, merged, pool.head)
+    load_backbone(network, state, pool.head)
     inputs = {t: CalibrationInputs.collect(d.calibration, limit) for t, d in data.items()}
     reestimate_batch_norm(network, pool.head, inputs, Runtime(), batch_size=BATCH)
     calibration = {t: extract(experts, d.calibration[:limit]) for t, d in data.items()}

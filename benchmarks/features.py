@@ -154,10 +154,23 @@ def merge(
         tasks: Merge these only.
         state: The merged backbone, where it is there already.
     """
+    names = list(tasks or experts.tasks)
+    merged = backbone(experts, method, names, limit) if state is None else state
+    return features_of(experts, merged, known, limit=limit, tasks=names)
+
+
+def features_of(
+    experts: Experts,
+    state: StateDict,
+    known: References,
+    *,
+    limit: int | None = None,
+    tasks: Sequence[str] | None = None,
+) -> Merge:
+    """Re-estimate the batch norms of merged weights and pass all inputs; see :func:`merge`."""
     pool, network = experts.pool, experts.template
     data = {task: experts.tasks[task] for task in tasks or experts.tasks}
-    merged = backbone(experts, method, list(data), limit) if state is None else state
-    load_backbone(network, merged, pool.head)
+    load_backbone(network, state, pool.head)
     inputs = {t: CalibrationInputs.collect(d.calibration, limit) for t, d in data.items()}
     reestimate_batch_norm(network, pool.head, inputs, Runtime(), batch_size=BATCH)
     calibration = {t: extract(experts, d.calibration[:limit]) for t, d in data.items()}

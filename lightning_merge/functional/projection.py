@@ -144,7 +144,7 @@ def row_system(quadratic: Quadratic, elements: Float[Tensor, "e g o i"]) -> Syst
         elements: Task vectors of the layer and any further updates.
     """
     E, g, o, _ = elements.shape
-    gram = torch.einsum("sgoi,tgoi->gost", elements @ quadratic.gram, elements)
+    gram = torch.einsum("agoi,bgoi->goab", elements @ quadratic.gram, elements)
     cross = torch.einsum("sgoi,goi->gos", elements, quadratic.cross)
     return System(
         gram=gram.reshape(g * o, E, E), cross=cross.reshape(g * o, 1, E), energy=quadratic.energy

@@ -58,6 +58,8 @@ class LayerWalk:
         kinds: Layers that are solved.
         options: What is collected of them.
         off_diagonal: RegMean's factor of the off-diagonal second moments.
+        max_inputs: Layers with more inputs of an output are left to the fallback, with a warning:
+            their second moments would not fit in memory.
     """
 
     base: StateDict
@@ -67,6 +69,7 @@ class LayerWalk:
     kinds: Sequence[Kind]
     options: Collecting
     off_diagonal: float = 1.0
+    max_inputs: int = 8192
     state: dict[str, Tensor] = field(init=False)
     """The merged weights so far."""
     found: Sites = field(init=False)
@@ -80,10 +83,13 @@ class LayerWalk:
                 f"no calibration inputs for {', '.join(missing)}: give some for every task."
             )
         network = self.network
-        self.found = find_sites(network, self.calibration.head, list(self.base), self.kinds)
+        found = find_sites(network, self.calibration.head, list(self.base), self.kinds)
+        self.found = self._within(found)
         inputs = self.calibration.inputs[next(iter(self.experts))]
         batch = self.calibration.runtime.to_device(inputs[slice(0, TRACED)])
-        self.order = trace(network, self.found.handled, batch)
+        order = self.order = trace(network, self.found.handled, batch)
+        unused = {site.name: "it does not run on the calibration inputs" for site in order.unused}
+        self.found = Sites(self.found.handled, {**self.found.left, **unused})
         self.state = dict(self.fallback.merge(self.base, self.experts))
         self._fallback = {
             name: self.state[name].clone()
@@ -97,6 +103,21 @@ class LayerWalk:
                 f"merged by {type(self.fallback).__name__}: {names}.",
                 stacklevel=2,
             )
+
+    def _within(self, found: Sites) -> Sites:
+        wide = {s.name: self.shape(s)[2] for s in found.handled if s.kind != "embedding"}
+        wide = {name: size for name, size in wide.items() if size > self.max_inputs}
+        if not wide:
+            return found
+        warnings.warn(
+            f"{len(wide)} layers have more than max_inputs={self.max_inputs} inputs and are merged "
+            f"by {type(self.fallback).__name__}: {', '.join(list(wide)[:5])}. Raise max_inputs "
+            "where memory allows.",
+            stacklevel=4,
+        )
+        reasons = {name: f"{size} inputs, more than max_inputs" for name, size in wide.items()}
+        handled = tuple(site for site in found.handled if site.name not in wide)
+        return Sites(handled, {**found.left, **reasons})
 
     @property
     def network(self) -> nn.Module:

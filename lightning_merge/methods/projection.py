@@ -94,6 +94,8 @@ class OutputProjection(CalibratedMethod):
     """At most as many columns (tokens, patches) of each sample, drawn by a hash; null: all."""
     seed: int = 0
     """Of the draw."""
+    max_inputs: int = 8192
+    """Layers with more inputs of an output are left to the fallback, with a warning."""
     cache_gigabytes: float = 4.0
     """Host memory for inputs of the current block; above it, every layer takes whole passes."""
 
@@ -216,6 +218,7 @@ class _Solver:
             method.fallback or Average(weights=self._average_weights(experts)),
             method.layers,
             method._collecting,
+            max_inputs=method.max_inputs,
         )
         self.included = {
             f"{type(one).__name__} {number}": one.merge(base, experts)

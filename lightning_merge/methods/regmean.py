@@ -50,6 +50,8 @@ class RegMean(CalibratedMethod):
     """At most as many columns (tokens, patches) of each sample, drawn by a hash; null: all."""
     seed: int = 0
     """Of the draw."""
+    max_inputs: int = 8192
+    """Layers with more inputs of an output are averaged, with a warning."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.off_diagonal <= 1:
@@ -82,6 +84,7 @@ class RegMean(CalibratedMethod):
             self.layers,
             Collecting(sampling=self._sampling, bias=False),
             off_diagonal=self.off_diagonal,
+            max_inputs=self.max_inputs,
         )
 
         def solve(problem: LayerProblem, fallback: Tensor) -> Tensor:

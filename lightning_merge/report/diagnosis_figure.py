@@ -65,14 +65,14 @@ def _draw_layers(axes: "Axes", diagnosis: Diagnosis) -> None:
     for (name, color), marker in zip(
         zip(_heuristics(diagnosis), (RED, INK, MUTED), strict=False), "oDs", strict=False
     ):
-        captured = [layer.heuristics[name] for layer in layers]
-        shown = [min(1.0, max(0.0, value)) for value in captured]
+        shown = [min(1.0, max(0.0, layer.heuristics[name])) for layer in layers]
         axes.plot(shown, places, marker, color=color, mec="white", ms=5, label=name, clip_on=False)
     axes.set_yticks(places, [shorten(layer.name, 34) for layer in layers])
     axes.tick_params(axis="y", labelsize=SMALL - (1.5 if len(layers) > 40 else 0))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the layer's residual energy", fontsize=TEXT, color=INK)
+    label = "share of the layer's residual energy (marks at 0: the base or worse)"
+    axes.set_xlabel(label, fontsize=TEXT, color=INK)
     axes.set_title("What an update of each layer can capture", fontsize=TEXT, loc="left")
     axes.legend(
         fontsize=SMALL,
@@ -105,6 +105,7 @@ def _draw_networks(axes: "Axes", diagnosis: Diagnosis) -> None:
     axes.set_yticks(places, [shorten(name, 24) for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.18)
-    axes.set_xlabel("held-out error behind the heads", fontsize=TEXT, color=INK)
+    axes.set_xlabel("error, held out", fontsize=TEXT, color=INK)
     axes.set_title("Whole networks", fontsize=TEXT, loc="left")
-    axes.legend(fontsize=SMALL, frameon=False)
+    below = (0, -0.45 / _inches(axes))
+    axes.legend(fontsize=SMALL, frameon=False, loc="upper left", bbox_to_anchor=below)

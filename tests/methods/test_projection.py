@@ -359,3 +359,13 @@ def test_objectives_without_residual_moments_say_so():
     q = Quadratic(torch.eye(2)[None].double(), torch.ones(1, 2, 2).double(), 1.0)
     with pytest.raises(ValueError, match="reachable"):
         make_basis("rotated_row", q, torch.ones(1, 1, 2, 2).double())
+
+
+def test_layers_too_wide_and_layers_that_never_run_are_named_and_averaged():
+    base, states, calibration, _ = case(mlp(5, 9), "4", (9,))
+    method = OutputProjection(mode="parallel", max_inputs=7)
+    with pytest.warns(UserWarning, match=r"1 layers have more than max_inputs=7 inputs.*: 0\."):
+        merged = method.merge(base, states, calibration)
+    mean = Average().merge(base, states)
+    assert torch.equal(merged["0.weight"], mean["0.weight"])
+    assert not torch.equal(merged["2.weight"], mean["2.weight"])

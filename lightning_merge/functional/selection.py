@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
 import torch
@@ -118,29 +118,41 @@ def _count(chunks: Iterable[Tensor], low: float, high: float) -> _Count:
     for chunk in chunks:
         at_high, at_low, inside = 0, 0, [chunk[:0]]
         for start in range(0, len(chunk), BLOCK):
-            magnitudes = chunk[start : start + BLOCK].abs()
-            within, above = _around(magnitudes, low, high)
-            count.above += above
-            at_high += int((within == high).sum())
+            around = _around(chunk[start : start + BLOCK].abs(), low, high)
+            count.above += around.above
+            at_high += around.at_high
             # where both ends are one value, its entries count once
-            at_low += int((within == low).sum()) if low < high else 0
-            inside.append(within[(within > low) & (within < high)])
+            at_low += around.at_low if low < high else 0
+            inside.append(around.inside)
         count.at_high.append(at_high)
         count.at_low.append(at_low)
         count.inside.append(torch.cat(inside))
     return count
 
 
-def _around(magnitudes: Tensor, low: float, high: float) -> tuple[Tensor, int]:
-    """Magnitudes in a bracket, ends included, and how many lie above it."""
+class _Around(NamedTuple):
+    """How a block lies around a bracket."""
+
+    above: int
+    at_high: int
+    inside: Tensor
+    at_low: int
+
+
+def _around(magnitudes: Tensor, low: float, high: float) -> _Around:
     if magnitudes.device.type != "cpu":
-        above = magnitudes > high
-        return magnitudes[(magnitudes >= low) & ~above], int(above.sum())
+        inside = magnitudes[(magnitudes > low) & (magnitudes < high)]
+        counts = [magnitudes > high, magnitudes == high, magnitudes == low]
+        more, first, last = (int(mask.sum()) for mask in counts)
+        return _Around(more, first, inside, last)
     # NumPy compares and counts several times as fast as torch does on the CPU, without a copy
     values = magnitudes.numpy()
-    over, reached = values > high, values >= low
-    within = torch.from_numpy(values[np.flatnonzero(over ^ reached)])
-    return within, int(np.count_nonzero(over))
+    above = values > high
+    within = values[np.flatnonzero(above ^ (values >= low))]
+    at_high, at_low = (int(np.count_nonzero(within == end)) for end in (high, low))
+    if at_high or at_low:
+        within = within[(within > low) & (within < high)]
+    return _Around(int(np.count_nonzero(above)), at_high, torch.from_numpy(within), at_low)
 
 
 def _cut(count: _Count, kept: int) -> Cut:

@@ -117,9 +117,10 @@ class _Trim:
         self.ties = [ties for _, ties in cuts]
 
     def __call__(self, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        trimmed = task_vectors_of(base, rows[0][None]).new_empty(len(rows), len(base))
+        wide = torch.promote_types(torch.promote_types(base.dtype, rows[0].dtype), torch.float32)
+        trimmed, origin = base.new_empty((len(rows), len(base)), dtype=wide), base.to(wide)
         for t, row in enumerate(rows):
-            task_vector = task_vectors_of(base, row[None])[0]
+            task_vector = torch.sub(row.to(wide), origin)
             trimmed[t], used = trim_by(task_vector, self.thresholds[t], self.ties[t])
             self.ties[t] -= used
         return trimmed

@@ -91,18 +91,21 @@ class Rows(Sequence[Tensor]):
 def parameter_rows(
     name: str, base: Tensor, experts: Mapping[str, StateDict], coefficients: Sequence[float]
 ) -> Rows:
-    """What :func:`stack_parameter` stacks, one expert after the other; an error comes with its row.
+    """What :func:`stack_parameter` stacks, one expert after the other, all of them checked first.
 
     Safe to read from several threads.
     """
     check_finite(name, "the base", base)
     tasks = tuple(experts)
-    dtype = _common([expert[name] for expert in experts.values()])
+    values = [expert[name].detach() for expert in experts.values()]
+    dtype = _common(values)
+    for task, value in zip(tasks, values, strict=True):
+        if not _finite(value):
+            check_finite(name, f"expert '{task}'", value)
+    del values
 
     def read(t: int) -> Tensor:
         value = experts[tasks[t]][name].detach().to(base.device, dtype)
-        if not _finite(value):
-            check_finite(name, f"expert '{tasks[t]}'", value)
         return scaled(base, value[None], coefficients[t : t + 1])[0]
 
     return Rows(read, len(tasks))

@@ -160,6 +160,15 @@ def test_differing_experts_are_one_error(method):
 
 
 @EACH
+def test_tensors_stay_on_their_device(method, monkeypatch):
+    def fail(*_):
+        raise AssertionError("a tensor was moved to the CPU")
+
+    monkeypatch.setattr(torch.Tensor, "cpu", fail)
+    method.merge(*models(2))
+
+
+@EACH
 def test_streamed_equals_in_memory_bitwise(method, tmp_path, monkeypatch):
     monkeypatch.setattr(walk, "BLOCK", 10)
     base, experts = models(2)

@@ -1,0 +1,110 @@
+"""A large model merged file to file under a limit on anonymous memory.
+
+python -m benchmarks.memory [--gigabytes 2] [--limit 1.5] [--experts 8] [--folder .]
+
+The experts are two files that take turns, so that the disk holds three models, not nine; the merge
+reads all of them. Each method runs in a process of its own, which a thread watches: it ends the
+process where its anonymous memory passes the limit. (A limit of the system on the data segment
+would count the mapped files too, since they are mapped privately.)
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lightning_merge.methods import TIES, Average, TSVMerge
+from lightning_merge.shards import write_sharded
+from lightning_merge.states import LazyStateDict
+
+METHODS = {"Average": Average(), "TIES": TIES(), "TSVMerge": TSVMerge()}
+
+
+def write_models(folder: Path, gigabytes: float, width: int) -> list[Path]:
+    """A base and two experts near it, of square matrices."""
+    number = max(1, round(gigabytes * 1e9 / (4 * width * width)))
+    paths = []
+    for seed, name in enumerate(("base", "even", "odd")):
+        generator = torch.Generator().manual_seed(0)
+        state = {
+            f"layers.{i}.weight": 0.03 * torch.randn(width, width, generator=generator)
+            for i in range(number)
+        }
+        generator.manual_seed(seed)
+        for value in state.values() if seed else ():
+            value += 6e-4 * torch.randn(width, width, generator=generator)
+        paths.append(folder / f"{name}.safetensors")
+        save_file(state, paths[-1])
+    return paths
+
+
+def merge(method: str, folder: Path, experts: int, limit: float) -> dict[str, float]:
+    """Merge under the limit, in this process."""
+    peak = [0.0]
+    threading.Thread(target=watch, args=(peak, limit), daemon=True).start()
+    torch.set_num_threads(1)
+    base = LazyStateDict(folder / "base.safetensors")
+    files = [folder / "even.safetensors", folder / "odd.safetensors"]
+    states = {f"task{t}": LazyStateDict(files[t % 2]) for t in range(experts)}
+    sizes = {name: 4 * base[name].numel() for name in base}
+    start = time.perf_counter()
+    stream = METHODS[method].stream(base, states)
+    write_sharded(folder / method, stream, sizes, max_bytes=max(sum(sizes.values()) // 16, 1))
+    return {"seconds": time.perf_counter() - start, "anonymous_gb": peak[0]}
+
+
+def watch(peak: list[float], limit: float) -> None:
+    while True:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        anonymous = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        peak[0] = max(peak[0], anonymous * 1024 / 1e9)
+        if peak[0] > limit:
+            print(f"anonymous memory of {peak[0]:.2f} GB", file=sys.stderr, flush=True)
+            os._exit(1)
+        time.sleep(0.002)
+
+
+def run(method: str, folder: Path, experts: int, limit: float) -> dict[str, float]:
+    """The same in a process of its own; fails if the limit is too small."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--worker", method]
+    command += ["--folder", str(folder), "--experts", str(experts), "--limit", str(limit)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise MemoryError(f"{method} failed under {limit} GB: {done.stderr[-500:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--limit", type=float, default=1.5, help="GB of anonymous memory")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(merge(options.worker, options.folder, options.experts, options.limit)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        write_models(Path(name), options.gigabytes, options.width)
+        for method in options.methods.split(","):
+            found = run(method, Path(name), options.experts, options.limit)
+            print(
+                f"{method}: {options.experts} x {options.gigabytes} GB in {found['seconds']:.1f} s,"
+            )
+            print(f"  at most {found['anonymous_gb']:.2f} of {options.limit} GB anonymous memory")
+
+
+if __name__ == "__main__":
+    main()

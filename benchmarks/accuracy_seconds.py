@@ -9,10 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
 
 from benchmarks.features import backbone, merge, references
-from benchmarks.results import mean_and_spread, spent, table, write
+from benchmarks.results import mean_and_spread, run, spent, table, write
 from benchmarks.suites import ROOT, Experts, build
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.methods import (
@@ -213,4 +212,4 @@ def _write(found: dict[str, Figures], seeds: list[int], output: str) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

@@ -290,8 +290,8 @@ def _about(lines: str) -> str:
     return (
         f"{lines}, random weights and images. CPU seconds of the fastest step (gradient of all "
         "coefficients, one a tensor and task), peak memory of the whole process; ratios to "
-        "FusionBench's. The norms of the gradients must agree. Ours has two tasks in a "
-        "forward pass."
+        "FusionBench's. The norms of the gradients must agree. Ours has the samples of two tasks "
+        "in a forward pass."
     )
 
 

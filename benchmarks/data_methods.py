@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
 
 from benchmarks.features import Merge, backbone, merge, references
-from benchmarks.results import mean_and_spread, spent, table, write
+from benchmarks.results import mean_and_spread, run, spent, table, write
 from benchmarks.suites import ROOT, Experts, build
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.methods import (
@@ -208,4 +207,4 @@ def order(rows: dict[str, Row]) -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run(main)

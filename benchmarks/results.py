@@ -2,15 +2,17 @@
 
 import gc
 import importlib.metadata
+import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_origin, get_type_hints
 
 import torch
+from jsonargparse import auto_cli
 
 Result = TypeVar("Result")
 
@@ -42,6 +44,23 @@ def write(
 def command(name: str) -> str:
     """The command that was given."""
     return " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a function as a command, whose lists may also be given as in ``--seeds 0 1 2``."""
+    lists = [f"--{n}" for n, kind in get_type_hints(main).items() if get_origin(kind) is list]
+    words: list[str] = []
+    values: list[str] = []
+    for word in [*sys.argv[1:], "--"]:
+        if values and word.startswith("--"):
+            plain = [int(value) if value.isdigit() else value for value in values]
+            words.append(f"{words.pop()}={json.dumps(plain)}")
+            values = []
+        if words and words[-1] in lists and not word.startswith(("--", "[")):
+            values.append(word)
+        else:
+            words.append(word)
+    auto_cli(main, args=words[:-1])
 
 
 def hardware() -> str:

@@ -12,7 +12,6 @@ from lightning_merge.merged import MergedModel
 from lightning_merge.networks import (
     call_network,
     first_linear,
-    logits_of,
     plain_copy,
     set_submodule,
 )
@@ -195,15 +194,16 @@ def class_scores(output: Any) -> Tensor:
     Raises:
         ValueError: If there are none; the message says how other outputs are scored.
     """
-    try:
-        return logits_of(output)
-    except ValueError as error:
-        raise ValueError(
-            f"accuracy: {error} For one binary logit, several labels or a regression declare the "
-            "task's metric: metrics: {task: {class_path: torchmetrics.classification.BinaryAUROC}},"
-            " or test_metric(task) of the datamodule; or sweep through the project's own test_step "
-            "with --via test_step."
-        ) from error
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    if isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] > 1:
+        return found
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+    raise ValueError(
+        f"accuracy needs class scores of shape (n, classes) from the network, found {shape}. "
+        "For one binary logit, several labels or a regression declare the task's metric: metrics: "
+        "{task: {class_path: torchmetrics.classification.BinaryAUROC}}, or test_metric(task) of "
+        "the datamodule; or sweep through the project's own test_step with --via test_step."
+    )
 
 
 def outputs_of(output: Any) -> Tensor:

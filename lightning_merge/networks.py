@@ -210,7 +210,7 @@ def logits_of(output: Any) -> Tensor:
         ValueError: If there are none.
     """
     found = output.get("logits") if isinstance(output, Mapping) else output
-    if isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] > 1:
+    if isinstance(found, Tensor) and found.ndim == 2:
         return found
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
     raise ValueError(

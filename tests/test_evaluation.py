@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_merge import ExpertPool, MergedModel, merge_experts
-from lightning_merge.evaluation import count_correct, evaluate, sweep_task
-from lightning_merge.networks import call_network, logits_of
+from lightning_merge.evaluation import class_scores, count_correct, evaluate, sweep_task
+from lightning_merge.networks import call_network
 from lightning_merge.pareto import dirichlet
 from lightning_merge.runtime import Runtime
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
@@ -133,9 +133,9 @@ def test_an_empty_test_set():
 
 def test_scores_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"class scores .* found \(3,\)"):
-        logits_of(torch.zeros(3))
+        class_scores(torch.zeros(3))
     with pytest.raises(ValueError, match="found dict"):
-        logits_of({"scores": torch.zeros(3, 2)})
+        class_scores({"scores": torch.zeros(3, 2)})
 
 
 def test_the_result_of_a_sweep_has_every_row(tmp_path):

@@ -280,7 +280,7 @@ def merged_by_callback(folder, label):
             tasks=["one", "two"], correction="none",
             method={"class_path": "lightning_merge.methods.AdaMerging", "init_args": RUN},
         )  # fmt: skip
-        fit(folder, record, module=Unlabeled(lr=0.0 if seed else 0.05), data=Data(seed, label))
+        fit(folder, record, module=Unlabeled(lr=0.01 if seed else 0.05), data=Data(seed, label))
     return MergedModel.load(folder / "merged", module=Net())
 
 

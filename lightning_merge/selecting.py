@@ -16,16 +16,15 @@ from lightning_merge.merged import MergedModel
 from lightning_merge.merging import (
     BatchNorm,
     SameBase,
-    chosen_tasks,
     describe,
     measure,
     merge_experts,
-    open_source,
 )
 from lightning_merge.methods import TIES, Average, IsoC, MergeMethod, TaskArithmetic, TSVMerge
 from lightning_merge.methods.interference import MergeReport, ReportDepth
 from lightning_merge.pool import ExpertPool
 from lightning_merge.runtime import Runtime
+from lightning_merge.sources import chosen_tasks, open_source
 
 CORRECTIONS = (
     CorrectionOptions(),

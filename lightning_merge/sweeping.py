@@ -13,7 +13,6 @@ from torchmetrics import Metric
 
 from lightning_merge.evaluation import Loader, Scores, evaluate, measure, sweep_task
 from lightning_merge.merged import MergedModel
-from lightning_merge.merging import Experts
 from lightning_merge.networks import load_backbone, plain_copy, set_submodule
 from lightning_merge.pareto import (
     SweepResult,
@@ -27,6 +26,7 @@ from lightning_merge.pareto import (
 from lightning_merge.pool import FIT_SECONDS, ExpertPool
 from lightning_merge.runtime import Runtime
 from lightning_merge.scoring import ACCURACY, direction, title
+from lightning_merge.sources import Experts
 from lightning_merge.states import StateDict
 
 LATTICE_POINTS = 150

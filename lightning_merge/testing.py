@@ -12,7 +12,6 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_merge.merged import MergedModel
-from lightning_merge.merging import Experts
 from lightning_merge.networks import (
     get_submodule,
     load_backbone,
@@ -22,6 +21,7 @@ from lightning_merge.networks import (
     split_state,
 )
 from lightning_merge.pareto import SweepResult
+from lightning_merge.sources import Experts
 from lightning_merge.states import StateDict
 from lightning_merge.sweeping import PreferenceGrid, assembled, filled
 

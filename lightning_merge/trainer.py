@@ -24,7 +24,7 @@ from lightning_merge.loading import example_inputs, load_merged, network_within,
 from lightning_merge.logging import log_sweep
 from lightning_merge.lost import naming_lost_processes
 from lightning_merge.merged import MergedModel, record_scores
-from lightning_merge.merging import BatchNorm, Correction, SameBase, chosen_tasks, merge_experts
+from lightning_merge.merging import BatchNorm, Correction, SameBase, merge_experts
 from lightning_merge.methods import Average, MergeMethod, WeightMethod
 from lightning_merge.methods.interference import ReportDepth
 from lightning_merge.pareto import SweepResult
@@ -40,6 +40,7 @@ from lightning_merge.report import (
 from lightning_merge.report.diagnosis_figure import write_diagnosis_picture
 from lightning_merge.scoring import declared
 from lightning_merge.selecting import corrections_with, select_from, select_merge
+from lightning_merge.sources import chosen_tasks
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
 from lightning_merge.testing import Client, TestSteps, sweep_test_steps

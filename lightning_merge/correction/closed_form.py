@@ -125,7 +125,8 @@ class ClosedFormCorrection:
             search=search,
             head=head,
         )
-        known, cap = reusable_choices(choices or {}, list(statistics), metric)
+        stored = (choices or {}) if "auto" in (beta, prior) else {}  # what is given needs no search
+        known, cap = reusable_choices(stored, list(statistics), metric)
         self.fitted = FittedTasks(dict(statistics), self.options, used, known, mixing_cap=cap)
         self._prepare()
 

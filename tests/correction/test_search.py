@@ -211,6 +211,9 @@ def test_choices_of_another_metric_are_not_reused(
     assert swapped.settled() == {}
     assert swapped.choices() == other.choices()
     assert set(swapped.fitted.found) == set(LARGE)
+    given = {"beta": 0.5, "prior": "identity"}
+    found = ClosedFormCorrection(statistics, choices=one.choices(), **given).choices()
+    assert found == ClosedFormCorrection(statistics, **given).choices()
 
 
 @pytest.mark.parametrize("criterion", ["gcv", "evidence"])

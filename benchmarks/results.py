@@ -26,14 +26,20 @@ def write(
     sections: Sequence[str],
     output: str | None = None,
 ) -> Path:
-    """Write ``docs/results/OUTPUT.md`` (by default NAME), the command and the versions on top."""
+    """Write ``docs/results/OUTPUT.md`` (by default NAME), the command and the versions on top.
+
+    Without seeds it is a measurement of time: threads are those in use.
+    """
     packages = ("lightning-merge", "torch", "timm", "scikit-learn")
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    seeded = f"; seeds {', '.join(map(str, seeds))}" if seeds else ""
+    threads = torch.get_num_threads()
+    used = f"one thread each for training and measuring ({threads} in use)"
     header = [
         f"# {title}",
-        f"Made by `{command(name)}`; seeds {', '.join(map(str, seeds))}.",
-        f"{versions}; Python {platform.python_version()}. {hardware()}, one thread each for "
-        f"training and measuring ({torch.get_num_threads()} in use).",
+        f"Made by `{command(name)}`{seeded}.",
+        f"{versions}; Python {platform.python_version()}. {hardware()}, "
+        f"{used if seeds else f'{threads} threads'}.",
     ]
     path = RESULTS / f"{output or name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -195,9 +195,9 @@ class MergedModel:
             batch_size=batch_size,
             description=f"Calibrating {task}",
         )
+        self._keep_choices()
         self.heads[task] = head
         self.statistics[task] = statistics
-        self._correction = None
         return self
 
     def drop_task(self, task: str) -> "MergedModel":
@@ -205,10 +205,10 @@ class MergedModel:
         self._known(task)
         if len(self.heads) == 1:
             raise ValueError(f"'{task}' is the only task left; a model needs one.")
+        self._keep_choices()
         del self.heads[task]
         self.statistics.pop(task, None)
         self.choices.pop(task, None)
-        self._correction = None
         return self
 
     def export(
@@ -400,6 +400,15 @@ class MergedModel:
             "merge": self.report,
             "versions": {name: importlib.metadata.version(name) for name in names},
         }
+
+    def _keep_choices(self) -> None:
+        """Before the tasks change: what was found for one of them holds, for their mixture not."""
+        found = {} if self._correction is None else self._correction.settled()
+        self.choices = {
+            task: {name: value for name, value in choice.items() if name != "mixing_cap"}
+            for task, choice in {**self.choices, **found}.items()
+        }
+        self._correction = None
 
     def _assembled(self, head: nn.Module) -> nn.Module:
         network = plain_copy(self.network)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import timm
@@ -68,6 +69,38 @@ def test_what_a_search_chose_is_kept(tmp_path, model, monkeypatch):
     loaded = MergedModel.load(tmp_path / "merged", module=MLP())
     assert loaded.choices == chosen
     assert loaded.correction.choices() == chosen
+
+
+def test_a_choice_holds_for_the_metric_it_was_made_under(tmp_path, model):
+    """Of five tasks the heads compete for eight features, of three they don't."""
+    before = model.correction.choices()
+    assert model.correction.metric == "head"
+    model.save(tmp_path / "three")
+    experts = {task: tuned(MLP(), seed) for seed, task in enumerate("de", start=3)}
+    inputs = {task: torch.randn(40, 6) for task in experts}
+    loaded = MergedModel.load(tmp_path / "three", module=MLP())
+    for found in (model, loaded):
+        for task, expert in experts.items():
+            found.add_task(task, expert, inputs[task])
+        assert found.correction.metric == "representation"
+        fresh = replace(found.options, metric="representation").build(
+            found.statistics, found.linear_heads()
+        )
+        assert found.correction.choices() == fresh.choices()
+        for task in experts:
+            found.drop_task(task)
+        assert found.correction.metric == "head"
+        assert found.correction.choices() == before
+
+
+def test_what_a_mixture_chose_goes_with_its_tasks(tmp_path, model):
+    model.save(tmp_path / "three")
+    loaded = MergedModel.load(tmp_path / "three", module=MLP()).drop_task("b")
+    two = {task: model.statistics[task] for task in ("a", "c")}
+    heads = {task: model.linear_heads()[task] for task in two}
+    fresh = model.options.build(two, heads).choices()
+    assert loaded.correction.choices() == fresh
+    assert model.drop_task("b").correction.choices() == fresh
 
 
 def test_an_infinite_ridge_is_kept(tmp_path, model):

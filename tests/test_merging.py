@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,7 +73,13 @@ def outputs_of(found):
 
 def test_the_correction_is_the_papers_equation_on_the_features(setting):
     base, head, experts, inputs = setting
-    options = CorrectionOptions(beta=0.5, beta_mode="absolute", prior="identity", task_scale="none")
+    options = CorrectionOptions(
+        beta=0.5,
+        beta_mode="absolute",
+        prior="identity",
+        task_scale="none",
+        metric="representation",
+    )
     model = merge_experts(
         experts, None, inputs, base=base, head=head, correction=options, batch_size=7
     )
@@ -141,11 +148,19 @@ def test_dropping_and_adding_a_task_is_exact(setting):
     model = merge_experts(experts, None, inputs, base=base, head=head)
     p = {"a": 0.3, "c": 0.7}
     before = model.correction.solve({**p, "b": 0.4}).weight
-    without = model.drop_task("b").correction.solve(p).weight
+    kept = {task: model.statistics[task] for task in p}
+    fresh = model.options.build(kept, {task: model.linear_heads()[task] for task in p})
+    # One metric and no search: then a dropped task is one without weight.
+    options = CorrectionOptions(metric="representation", prior="procrustes", beta=1e-2)
+    plain = replace(model, options=options, heads=dict(model.heads), statistics=model.statistics)
+    silent = plain.correction.solve(p).weight
+    torch.testing.assert_close(
+        model.drop_task("b").correction.solve(p).weight, fresh.solve(p).weight
+    )
     assert model.tasks == ["a", "c"]
+    torch.testing.assert_close(replace(model, options=options).correction.solve(p).weight, silent)
     model.add_task("b", experts["b"], inputs["b"])
     torch.testing.assert_close(model.correction.solve({**p, "b": 0.4}).weight, before)
-    torch.testing.assert_close(model.correction.solve(p).weight, without)
 
 
 def test_batch_norm_is_reestimated_exactly():

@@ -25,7 +25,13 @@ from lightning_merge.selecting import (
 from lightning_merge.trainer import MergeTrainer
 from tests.networks import MLP, make, tuned
 
-FIXED = CorrectionOptions(beta=0.5, beta_mode="absolute", prior="identity", task_scale="none")
+FIXED = CorrectionOptions(
+    beta=0.5,
+    beta_mode="absolute",
+    prior="identity",
+    task_scale="none",
+    metric="representation",
+)
 HEAD = CorrectionOptions(metric="head", prior="procrustes", beta=1e-8)
 
 

@@ -1,7 +1,7 @@
 """How strongly, and towards what, the map of one task is regularised."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -55,6 +55,30 @@ class Choice:
             beta=float(value["beta"]),
             searched=bool(value["searched"]),
         )
+
+
+def reusable_choices(
+    choices: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], metric: str
+) -> tuple[dict[str, Choice], float | None]:
+    """What stored choices say of some tasks, and the bound on ridges in their mixtures.
+
+    A choice that was searched in another metric is left out: it minimises another error. The bound
+    belongs to a set of tasks, so it is None unless the choices are of these very tasks.
+
+    Args:
+        choices: What ``ClosedFormCorrection.choices`` once returned.
+        tasks: The tasks there are now.
+        metric: The metric they are solved in now.
+    """
+    fitting = {
+        task: choice
+        for task, choice in choices.items()
+        if task in tasks and choice.get("metric", metric) == metric
+    }
+    known = {task: Choice.from_dict(choice) for task, choice in fitting.items()}
+    caps = [choice["mixing_cap"] for choice in fitting.values() if "mixing_cap" in choice]
+    same = fitting.keys() == choices.keys() == set(tasks)
+    return known, min(caps) if same and caps else None
 
 
 def beta_unit(mode: BetaMode, moments: Moments) -> float:

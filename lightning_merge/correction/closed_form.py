@@ -15,7 +15,7 @@ from lightning_merge.correction.checks import (
     check_widths,
     checked_metric,
 )
-from lightning_merge.correction.choice import BetaMode, Choice
+from lightning_merge.correction.choice import BetaMode, Choice, reusable_choices
 from lightning_merge.correction.fit import Bias
 from lightning_merge.correction.fitted import FitOptions, FittedTasks, Prior, TaskScale
 from lightning_merge.correction.folding import HeadFolder
@@ -68,7 +68,8 @@ class ClosedFormCorrection:
             ablations that mix the tasks' own maps blindly.
         search: How ``"auto"`` is found.
         head: How the head metric measures and solves.
-        choices: What :meth:`choices` once returned; those tasks are not searched again.
+        choices: What :meth:`choices` once returned; those tasks are not searched again, unless
+            they were searched in another metric.
         proper: Only rotations, no reflections.
         refine: Refine the prior for k < d.
         strict: See :func:`~lightning_merge.functional.preference.as_preference`.
@@ -124,9 +125,8 @@ class ClosedFormCorrection:
             search=search,
             head=head,
         )
-        known = {t: Choice.from_dict(c) for t, c in (choices or {}).items() if t in statistics}
-        caps = [c["mixing_cap"] for c in (choices or {}).values() if "mixing_cap" in c]
-        cap = min(caps) if len(known) == len(statistics) and caps else None
+        stored = (choices or {}) if "auto" in (beta, prior) else {}  # what is given needs no search
+        known, cap = reusable_choices(stored, list(statistics), metric)
         self.fitted = FittedTasks(dict(statistics), self.options, used, known, mixing_cap=cap)
         self._prepare()
 
@@ -163,10 +163,21 @@ class ClosedFormCorrection:
         return list(self.statistics)
 
     def choices(self) -> dict[str, dict[str, Any]]:
-        """Prior and ridge of every task with samples, found now if need be, as JSON-able data."""
-        known = [task for task, statistics in self.statistics.items() if statistics.count]
+        """Prior and ridge of every task with samples, found now if need be, as JSON-able data.
+
+        With each goes the metric it holds for.
+        """
+        for task, statistics in self.statistics.items():
+            if statistics.count:
+                self.fitted.choice(task)
         cap = {"mixing_cap": self.fitted.cap()} if self.fitted.searches else {}
-        return {task: {**self.fitted.choice(task).as_dict(), **cap} for task in known}
+        return {task: {**choice, **cap} for task, choice in self.settled().items()}
+
+    def settled(self) -> dict[str, dict[str, Any]]:
+        """The part of :meth:`choices` that is known by now and holds beside any other tasks."""
+        known = [task for task in self.tasks if task in self.fitted.choices]
+        under = {"metric": self.metric}
+        return {task: {**self.fitted.choices[task].as_dict(), **under} for task in known}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """What was chosen and how well it fits, by task, as JSON-able data.

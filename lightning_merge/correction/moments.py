@@ -106,8 +106,14 @@ class Moments:
 
     def error(self, weight: Tensor, bias: Tensor | None = None) -> float:
         r"""Squared error :math:`\sum \omega \|W z + b - y\|^2` of a map (k, d), (k,)."""
-        value = float(((weight @ self.gram - 2 * self.cross) * weight).sum()) + self.energy
+        energy, common = self.image(weight, bias)
+        return energy - 2 * common + self.energy
+
+    def image(self, weight: Tensor, bias: Tensor | None = None) -> tuple[float, float]:
+        r"""Energy :math:`\sum \omega \|W z + b\|^2` and :math:`\sum \omega (W z + b)^\top y`."""
+        energy = float(((weight @ self.gram) * weight).sum())
+        common = float((self.cross * weight).sum())
         if bias is None:
-            return value
-        mixed = bias @ (weight @ self.sum_merged - self.sum_expert)
-        return value + 2 * float(mixed) + self.n * float(bias @ bias)
+            return energy, common
+        energy += 2 * float(bias @ (weight @ self.sum_merged)) + self.n * float(bias @ bias)
+        return energy, common + float(bias @ self.sum_expert)

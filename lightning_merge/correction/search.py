@@ -21,6 +21,7 @@ from lightning_merge.correction.fit import Bias
 from lightning_merge.correction.moments import Moments
 from lightning_merge.functional.gcv import ridge_spectrum
 from lightning_merge.functional.kfold import HeldOutCurve, RotatedFold, rotated_fold
+from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.functional.procrustes import similarity_scale
 
 GRID = torch.logspace(-8, 4, 81, dtype=torch.float64)
@@ -153,7 +154,9 @@ def _prepared(problem: SearchProblem) -> _Folds | None:
     """None if there are fewer than two folds, or one leaves nothing to be trained on."""
     if len(problem.folds) < 2:
         return None
-    splits = [_split(problem, fold) for fold in problem.folds]
+    splits = map_on_cores(
+        lambda fold: _split(problem, fold), problem.folds, size=problem.total.gram.numel()
+    )
     floor = 1e-10 * float(problem.total.gram.trace())
     if any(not float(train.gram.trace()) > floor for train, _, _ in splits):
         return None
@@ -173,7 +176,7 @@ def _best_candidate(
     best: tuple[float, Choice, list[HeldOutCurve], Tensor] | None = None
     rotations: dict[tuple[int, float], tuple[Tensor, float]] = {}
     for candidate in problem.candidates:
-        curves = [_curve(problem, candidate, f, s, rotations) for f, s in enumerate(folds.splits)]
+        curves = _curves(problem, candidate, folds, rotations)
         scores = _fold_scores(curves, folds.units, folds.grid)
         score = float(scores.sum(0).min())
         if problem.beta is None:
@@ -211,6 +214,20 @@ def _split(problem: SearchProblem, fold: Moments) -> Split:
         read_train.cross, train.gram, read_fold.cross, fold.gram, read_fold.energy
     )
     return train, fold, rotated
+
+
+def _curves(
+    problem: SearchProblem,
+    candidate: Choice,
+    folds: _Folds,
+    rotations: dict[tuple[int, float], tuple[Tensor, float]],
+) -> list[HeldOutCurve]:
+    """The curves of all folds; each is a decomposition of its own, so cores share them."""
+    return map_on_cores(
+        lambda f: _curve(problem, candidate, f, folds.splits[f], rotations),
+        range(len(folds.splits)),
+        size=problem.total.gram.numel(),
+    )
 
 
 def _curve(

@@ -1,5 +1,6 @@
 """Held-out errors of a whole correction, from the statistics of its folds alone."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from lightning_merge.correction.checks import Head, check_heads, check_widths
 from lightning_merge.correction.closed_form import ClosedFormCorrection
 from lightning_merge.correction.fit import TaskFit
 from lightning_merge.correction.head_maps import HeadSolver, read_rows
-from lightning_merge.correction.mixing import held_out_error
 from lightning_merge.correction.mixture import shared_maps
 from lightning_merge.correction.moments import Moments
 from lightning_merge.correction.statistics import CorrectionStatistics
@@ -30,8 +30,10 @@ class HeldOutError:
     """With the correction."""
     identity: float | None
     """Without any: the merged features as they are. None for unequal widths."""
+    scaled: float = math.nan
+    """With the correction, up to the best common factor, which changes no order of the logits."""
     scaled_identity: float | None = None
-    """Without any, but for the best common factor of the features, which changes no decision."""
+    """Without any, up to the best common factor."""
 
     @property
     def gain(self) -> float | None:
@@ -79,13 +81,13 @@ def cross_validated_errors(
     if heads is not None:
         check_heads(heads, statistics)
     rows = {task: _measured_rows(correction, heads, task) for task in names}
-    errors = {task: [0.0, 0.0] for task in names}
+    images = dict.fromkeys(names, (0.0, 0.0))
     for group, w in zip(groups, weights, strict=True):
         check_widths({task: statistics[task] for task in group})
         for number in range(statistics[group[0]].num_folds):
-            _add_fold(correction, group, w, rows, number, errors)
+            _add_fold(correction, group, w, rows, number, images)
     return {
-        task: _relative(correction.fitted.fit(task).total, rows[task], *errors[task])
+        task: _relative(correction.fitted.fit(task).total, rows[task], images[task])
         for task in names
     }
 
@@ -96,8 +98,9 @@ def _add_fold(
     weights: Tensor,
     rows: Mapping[str, Tensor | None],
     number: int,
-    errors: dict[str, list[float]],
+    images: dict[str, tuple[float, float]],
 ) -> None:
+    """Add what the heads read of one fold under the maps of the others; see ``Moments.image``."""
     held_out = {task: correction.statistics[task].fold(number) for task in names}
     if not any(fold.n > 0 for fold in held_out.values()):
         return
@@ -107,11 +110,14 @@ def _add_fold(
         fits.append(fit.refitted(fit.total.without(held_out[task])))
     maps = _solved(correction, fits, names, weights)
     for task, fit in zip(names, fits, strict=True):
-        fold, H = held_out[task], rows[task]
-        errors[task][0] += held_out_error(fit, maps, fold, H)
-        if fold.cross.shape[0] == fold.cross.shape[1]:
-            eye = torch.eye(len(fold.cross)).to(fold.cross)
-            errors[task][1] += fold.read_by(H).error(eye if H is None else H)
+        if held_out[task].n == 0:
+            continue
+        weight, bias = fit.split(maps)
+        H = rows[task]
+        if H is not None:
+            weight, bias = H @ weight, None if bias is None else H @ bias
+        energy, common = held_out[task].read_by(H).image(weight, bias)
+        images[task] = images[task][0] + energy, images[task][1] + common
 
 
 def _solved(
@@ -140,30 +146,29 @@ def _measured_rows(
     return read_rows(heads[task][0], like, correction.options.head)
 
 
-def _relative(
-    total: Moments, rows: Tensor | None, corrected: float, identity: float
-) -> HeldOutError:
+def _relative(total: Moments, rows: Tensor | None, image: tuple[float, float]) -> HeldOutError:
     read = total.read_by(rows)
     k, d = total.cross.shape
-    # Behind a head, errors of a fold lack the energy of what the head reads (see `read_by`).
-    missing = 0.0 if rows is None else read.energy
     variance = read.centred().energy
     if not variance > 0:
         raise ValueError("the expert's features are constant: no error is relative to them.")
+    corrected, scaled = _errors(read.energy, *image)
+    identity = scaled_identity = None
+    if k == d:  # nothing is fitted, so nothing need be held out
+        same = torch.eye(k).to(total.cross) if rows is None else rows
+        identity, scaled_identity = (e / variance for e in _errors(read.energy, *read.image(same)))
     return HeldOutError(
-        corrected=(corrected + missing) / variance,
-        identity=(identity + missing) / variance if k == d else None,
-        scaled_identity=_scaled(total, rows) / variance if k == d else None,
+        corrected=corrected / variance,
+        identity=identity,
+        scaled=scaled / variance,
+        scaled_identity=scaled_identity,
     )
 
 
-def _scaled(total: Moments, rows: Tensor | None) -> float:
-    """Squared error of the best multiple of the merged features."""
-    read = total.read_by(rows)
-    eye = torch.eye(len(total.gram)).to(total.gram) if rows is None else rows
-    energy = float(((eye @ total.gram) * eye).sum())
-    common = max(float((read.cross * eye).sum()), 0.0)
-    return read.energy - (common**2 / energy if energy > 0 else 0.0)
+def _errors(target: float, energy: float, common: float) -> tuple[float, float]:
+    """Squared error of an image of the features, and of its best non-negative multiple."""
+    gained = max(common, 0.0) ** 2 / energy if energy > 0 else 0.0
+    return target - 2 * common + energy, target - gained
 
 
 def _check_folds(statistics: Mapping[str, CorrectionStatistics]) -> None:
@@ -181,9 +186,12 @@ def warn_of_harm(
 ) -> list[str]:
     """Warn where a correction is no better than none on samples it was not solved from.
 
-    Checked behind the heads, at equal preference and for every task under its own, against the best
-    multiple of the merged features: a merge shrinks features, which costs squared error but no
-    decision. Statistics that leave no samples out cannot tell, which is a warning too.
+    Checked behind the heads, at equal preference and for every task under its own. Only second
+    moments are known, so it is squared errors of logits that are compared, not decisions. Merging
+    shrinks features and so does a ridge, which costs squared error but no decision: where logits
+    compete, both sides are measured up to a factor. Where a logit stands alone (a head of one row,
+    or ``HeadMetric(centre=False)``) its scale matters, and errors are compared as they are.
+    Statistics that leave no samples out cannot tell, which is a warning too.
 
     Args:
         correction: The correction.
@@ -204,8 +212,9 @@ def warn_of_harm(
         return ["unknown"]
     harmful = []
     for name, preference in (("equal", dict.fromkeys(tasks, 1 / len(tasks))), ("one_hot", None)):
-        errors = cross_validated_errors(correction, preference, heads).values()
-        pairs = [(e.corrected, e.scaled_identity) for e in errors if e.scaled_identity is not None]
+        errors = cross_validated_errors(correction, preference, heads)
+        compared = (_compared(correction, heads[task], e) for task, e in errors.items())
+        pairs = [pair for pair in compared if pair is not None]
         if not pairs:
             return []
         corrected, identity = (fmean(column) for column in zip(*pairs, strict=True))
@@ -219,3 +228,14 @@ def warn_of_harm(
                 stacklevel=stacklevel + 1,
             )
     return harmful
+
+
+def _compared(
+    correction: ClosedFormCorrection, head: Head, error: HeldOutError
+) -> tuple[float, float] | None:
+    """Errors with the correction and without, of what counts behind this head."""
+    if error.identity is None or error.scaled_identity is None:
+        return None
+    if correction.options.head.centre and len(head[0]) > 1:
+        return error.scaled, error.scaled_identity
+    return error.corrected, error.identity

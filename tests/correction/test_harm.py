@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lightning_merge.correction import ClosedFormCorrection
+from lightning_merge.correction import ClosedFormCorrection, HeadMetric
 from lightning_merge.correction.validation import cross_validated_errors, warn_of_harm
+from lightning_merge.functional.sums import fold_of
 
 SIZES = {"a": 60, "b": 50}
 
@@ -82,3 +83,68 @@ def test_a_factor_of_the_features_is_no_gain(
     assert errors.scaled_identity == pytest.approx(0.0, abs=1e-12)
     with pytest.warns(UserWarning, match="does harm"):
         assert "one_hot" in warn_of_harm(correction, heads_of(features))
+
+
+def one_row(heads):
+    return {task: (weight[:1], None) for task, (weight, _) in heads.items()}
+
+
+def test_a_shrunk_map_is_judged_by_its_direction_where_logits_compete(
+    make_features: Callable, make_statistics: Callable, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The right map, tenfold too small, loses no decision; as a regression it is nearly useless."""
+    x = make_features({"a": 60})["a"][0]
+    stretch = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 1.5])).double()
+    features = {"a": (x, x @ stretch)}
+    correction = ClosedFormCorrection(make_statistics(features), prior=0.1 * stretch, beta=1e9)
+    heads = heads_of(features)
+    errors = cross_validated_errors(correction, None, heads)["a"]
+    assert errors.corrected > errors.identity
+    assert errors.scaled == pytest.approx(0.0, abs=1e-9)
+    assert warn_of_harm(correction, heads) == []
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="does harm"):
+        assert warn_of_harm(correction, one_row(heads)) == ["equal", "one_hot"]
+
+
+def test_heads_that_are_not_centred_are_judged_by_scale(
+    make_features: Callable, make_statistics: Callable, recwarn: pytest.WarningsRecorder
+) -> None:
+    x = make_features({"a": 60})["a"][0]
+    features = {"a": (x, 3 * x)}
+    noisy = 2.8 * torch.eye(6, dtype=torch.float64)
+    noisy[0, 1] = 0.4
+    heads = heads_of(features)
+    options = {"prior": noisy, "beta": 1e6, "head": HeadMetric(centre=False)}
+    correction = ClosedFormCorrection(make_statistics(features), **options)
+    assert warn_of_harm(correction, heads) == []
+    assert warn_of_harm(correction, one_row(heads)) == []
+    assert not recwarn.list
+
+
+def test_errors_up_to_a_factor_are_those_of_the_best_one(
+    make_features: Callable, make_statistics: Callable
+) -> None:
+    """Against refitting on the features of each fold."""
+    features = make_features({"a": 30})
+    Z, Y = features["a"]
+    correction = ClosedFormCorrection(
+        make_statistics(features), beta=0.5, prior="identity", bias="per_task"
+    )
+    H = heads_of(features)["a"][0]
+    H = H - H.mean(0)
+    fold, images = fold_of(torch.arange(30), 5), torch.zeros(30, 4).double()
+    for f in range(5):
+        z, y = Z[fold != f], Y[fold != f]
+        m, i = z.mean(0), y.mean(0)
+        G = (z - m).T @ (z - m)
+        ridge = 0.5 * float(G.trace()) / 6 * torch.eye(6).double()
+        W = ((y - i).T @ (z - m) + ridge) @ torch.linalg.inv(G + ridge)
+        images[fold == f] = ((Z[fold == f] - m) @ W.T + i) @ H.T
+    error = cross_validated_errors(correction, None, heads_of(features))["a"]
+    read = Y @ H.T
+    variance = (read - read.mean(0)).square().sum()
+    for found, image in ((error.scaled, images), (error.scaled_identity, Z @ H.T)):
+        factor = (image * read).sum() / image.square().sum()
+        assert found == pytest.approx(float((factor * image - read).square().sum() / variance))
+    assert error.corrected == pytest.approx(float((images - read).square().sum() / variance))

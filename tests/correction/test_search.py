@@ -197,6 +197,25 @@ def test_stored_choices_spare_the_search(
     assert not second.fitted.found
 
 
+def test_choices_of_another_metric_are_not_reused(
+    make_features: Callable, make_statistics: Callable
+) -> None:
+    statistics = make_statistics(make_features(LARGE, d=8))
+    heads = {task: (torch.randn(4, 8), None) for task in LARGE}
+    behind = {"metric": "head", "heads": heads}
+    one, other = ClosedFormCorrection(statistics), ClosedFormCorrection(statistics, **behind)
+    assert one.choices()["a"]["metric"] == "representation"
+    assert other.choices()["a"]["metric"] == "head"
+    assert one.choices() != other.choices()
+    swapped = ClosedFormCorrection(statistics, choices=one.choices(), **behind)
+    assert swapped.settled() == {}
+    assert swapped.choices() == other.choices()
+    assert set(swapped.fitted.found) == set(LARGE)
+    given = {"beta": 0.5, "prior": "identity"}
+    found = ClosedFormCorrection(statistics, choices=one.choices(), **given).choices()
+    assert found == ClosedFormCorrection(statistics, **given).choices()
+
+
 @pytest.mark.parametrize("criterion", ["gcv", "evidence"])
 def test_in_sample_criteria(
     make_features: Callable, make_statistics: Callable, criterion: str

@@ -68,8 +68,15 @@ def printed(capsys, run):
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_commands_parse(page, command, capsys):
-    program, *words = shlex.split(command)
-    if program == "lightning-merge":
+    program, *words = shlex.split(command, comments=True)
+    if program == "make":
+        suite = words[1].removeprefix("SUITE=")
+        assert f"TASKS_{suite} " in (ROOT / "Makefile").read_text("utf-8")
+    elif program == "pip":
+        extra = re.fullmatch(r"lightning-merge\[(\w+)\]", words[1])
+        assert extra is not None
+        assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text("utf-8")
+    elif program == "lightning-merge":
         found = printed(capsys, lambda: main([*words, "--print_config"]))
         assert "trainer" in found
     elif "pytorch_lightning" in command:
@@ -102,6 +109,14 @@ def test_the_import_from_python():
     exec(code_of("import", "python")[0], names)
     assert len(ExpertPool.open("pool").calibration("digits")) == 5
     assert Net is not None
+
+
+def test_the_method_of_the_page_goes_half_the_way():
+    names: dict = {"__name__": "halfway"}
+    exec(code_of("add_method", "python")[0], names)
+    base, experts = {"w": torch.zeros(3)}, {t: {"w": torch.full((3,), t + 1.0)} for t in (0, 2)}
+    merged = names["Halfway"](share=0.25).merge(base, {str(t): e for t, e in experts.items()})
+    torch.testing.assert_close(merged["w"], torch.full((3,), 0.5))
 
 
 def test_the_metrics_of_the_page_are_built_and_agree():

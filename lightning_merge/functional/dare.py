@@ -41,7 +41,7 @@ def random_words(
 def _generator(seed: int, task: str, name: str, block: int) -> np.random.BitGenerator:
     digest = hashlib.sha256(f"{seed}\0{task}\0{name}\0{block}".encode()).digest()
     words = np.frombuffer(digest, dtype=np.uint32)
-    return np.random.SFC64(np.random.SeedSequence(words.tolist()))
+    return np.random.SFC64(np.random.SeedSequence(words))
 
 
 def bernoulli(
@@ -55,6 +55,25 @@ def bernoulli(
     limit = round(probability * 2**32) - 2**31
     # NumPy compares ten times as fast as torch does on the CPU, and the words are drawn there
     return words < limit if words.is_cuda else torch.from_numpy(words.numpy() < np.int32(limit))
+
+
+def bit_mask(probability: float, words: Int32[Tensor, " size"]) -> Int32[Tensor, " size"]:
+    """:func:`bernoulli` in a form that :func:`keep_bits` takes: all bits set, or none.
+
+    Example:
+        >>> bit_mask(0.5, torch.tensor([-7, 7], dtype=torch.int32)).tolist()
+        [-1, 0]
+    """
+    mask = torch.empty_like(words)
+    return mask.copy_(bernoulli(probability, words).view(torch.int8)).neg_()
+
+
+def keep_bits(values: Float[Tensor, " size"], mask: Int32[Tensor, " size"]) -> None:
+    """Zero, in place, the entries whose mask is zero: several times as fast as a boolean mask."""
+    if values.dtype == torch.float64:
+        values.view(torch.int64).bitwise_and_(mask)
+    else:
+        values.view(torch.int32).bitwise_and_(mask)
 
 
 def drop_and_rescale(

@@ -52,86 +52,96 @@ def num_kept(density: float, size: int, count: Count = "round") -> int:
     return min(size, max(1, int(density * size) + (count == "published")))
 
 
-def largest(
-    chunks: Chunks, size: int, kept: int, sample: Callable[[int], Iterable[Tensor]] | None = None
-) -> Cut:
+def largest(chunks: Chunks, size: int, kept: int) -> Cut:
     """Find the ``kept`` entries of largest magnitude of a vector given in chunks.
 
-    The chunks are read once for a sample and once to count; a bracket that misses (it hardly ever
-    does, being six standard errors wide) is widened and counted again, so the result is always
-    exact. Memory follows the entries inside the bracket.
+    The chunks are read once for a sample and once to count, see :class:`Search`.
 
     Args:
         chunks: Gives the vector's chunks in flat order, the same ones at every call.
         size: Entries of the whole vector.
         kept: How many to keep, from 0 to ``size``. Zero keeps nothing (an infinite threshold).
-        sample: Gives every n-th entry, where that is cheaper than reading the chunks.
 
     Raises:
         ValueError: If ``kept`` is out of range or an entry is not a number.
     """
-    if not 0 <= kept <= size:
-        raise ValueError(f"kept must lie in [0, {size}], found {kept}.")
-    if kept == 0:
-        none = tuple(0 for _ in chunks())
-        return Cut(float("inf"), none, none)
-    low, high = -1.0, float("inf")
-    if size > SMALL:
-        stride = max(1, size // min(SAMPLE, max(SMALL, size // 128)))
-        sampled = sample(stride) if sample else (chunk[::stride] for chunk in chunks())
-        low, high = _bracket(torch.cat([part.abs() for part in sampled]), kept / size)
-    while True:
-        count = _count(chunks(), low, high)
-        if count.above >= kept:
-            low, high = high, float("inf")  # the threshold lies above the bracket
-        elif count.total < kept and low >= 0:
-            low, high = -1.0, low  # or below it
-        elif count.total < kept:
-            raise ValueError("the vector holds entries that are not a number.")
-        else:
-            return _cut(count, kept)
+    search = Search(size, kept)
+    if search.stride:
+        search.take([chunk[:: search.stride] for chunk in chunks()])
+    while search.cut is None:
+        for index, chunk in enumerate(chunks()):
+            search.look(index, chunk)
+        search.conclude()
+    return search.cut
 
 
-@dataclass
-class _Count:
-    """How a vector lies around the bracket: what is inside, and what equals its ends, by chunk.
+@final
+class Search:
+    """Looks for the entries of largest magnitude of a vector that comes in chunks.
 
-    The ends are counted apart, since one value (zero, most often) may fill much of the vector.
+    A sample gives a bracket of the threshold, and a look at every chunk what lies around it. A
+    bracket that misses (it hardly ever does, being six standard errors wide) is widened for another
+    look, so the result is always exact. Memory follows the entries inside the bracket.
+
+    Args:
+        size: Entries of the whole vector.
+        kept: How many to keep, from 0 to ``size``.
+
+    Raises:
+        ValueError: If ``kept`` is out of range.
     """
 
-    low: float
-    high: float
-    above: int
-    at_high: list[int]
-    inside: list[Tensor]
-    at_low: list[int]
+    def __init__(self, size: int, kept: int) -> None:
+        if not 0 <= kept <= size:
+            raise ValueError(f"kept must lie in [0, {size}], found {kept}.")
+        self.stride = size // min(SAMPLE, max(SMALL, size // 128)) if size > SMALL and kept else 0
+        """Of a sample to :meth:`take` before the first look, which may be left out; 0 for none."""
+        self.cut: Cut | None = None
+        """What was found, once it is certain."""
+        self._share, self._kept = kept / max(size, 1), kept
+        self._low, self._high = -1.0 if kept else float("inf"), float("inf")
+        self._seen: dict[int, _Around] = {}
 
-    @property
-    def total(self) -> int:
-        """Entries not below the bracket."""
-        inside = sum(len(chunk) for chunk in self.inside)
-        return self.above + sum(self.at_high) + inside + sum(self.at_low)
+    def take(self, sample: Iterable[Tensor]) -> None:
+        """Bracket the threshold by every ``stride``-th entry, or about as many, in any order."""
+        self._low, self._high = _bracket(torch.cat([part.abs() for part in sample]), self._share)
 
+    def look(self, index: int, chunk: Float[Tensor, " n"]) -> None:
+        """Look at one chunk, by its number; several threads may do so at the same time."""
+        parts = [_around(part.abs(), self._low, self._high) for part in chunk.split(BLOCK)]
+        above, at_high, inside, at_low = zip(*parts, strict=True)
+        # where both ends are one value, its entries count once
+        least = sum(at_low) if self._low < self._high else 0
+        values = inside[0] if len(inside) == 1 else torch.cat(inside)
+        self._seen[index] = _Around(sum(above), sum(at_high), values, least)
 
-def _count(chunks: Iterable[Tensor], low: float, high: float) -> _Count:
-    count = _Count(low, high, 0, [], [], [])
-    for chunk in chunks:
-        at_high, at_low, inside = 0, 0, [chunk[:0]]
-        for start in range(0, len(chunk), BLOCK):
-            around = _around(chunk[start : start + BLOCK].abs(), low, high)
-            count.above += around.above
-            at_high += around.at_high
-            # where both ends are one value, its entries count once
-            at_low += around.at_low if low < high else 0
-            inside.append(around.inside)
-        count.at_high.append(at_high)
-        count.at_low.append(at_low)
-        count.inside.append(torch.cat(inside))
-    return count
+    def conclude(self) -> None:
+        """After a look at every chunk: set ``cut``, or widen the bracket for another look.
+
+        Raises:
+            ValueError: If an entry is not a number.
+        """
+        seen = [self._seen[index] for index in sorted(self._seen)]
+        self._seen = {}
+        above = sum(part.above for part in seen)
+        total = above + sum(part.at_high + len(part.inside) + part.at_low for part in seen)
+        if self._kept == 0:
+            self.cut = Cut(self._high, (0,) * len(seen), tuple(part.at_high for part in seen))
+        elif above >= self._kept:
+            self._low, self._high = self._high, float("inf")  # the threshold lies above the bracket
+        elif total < self._kept and self._low >= 0:
+            self._low, self._high = -1.0, self._low  # or below it
+        elif total < self._kept:
+            raise ValueError("the vector holds entries that are not a number.")
+        else:
+            self.cut = _cut(seen, self._low, self._high, self._kept - above)
 
 
 class _Around(NamedTuple):
-    """How a block lies around a bracket."""
+    """How a part of the vector lies around a bracket: what is inside, and what equals its ends.
+
+    The ends are counted apart, since one value (zero, most often) may fill much of the vector.
+    """
 
     above: int
     at_high: int
@@ -155,18 +165,18 @@ def _around(magnitudes: Tensor, low: float, high: float) -> _Around:
     return _Around(int(np.count_nonzero(above)), at_high, torch.from_numpy(within), at_low)
 
 
-def _cut(count: _Count, kept: int) -> Cut:
-    remaining = kept - count.above
-    if remaining <= sum(count.at_high):
-        return Cut(count.high, _first(remaining, count.at_high), tuple(count.at_high))
-    remaining -= sum(count.at_high)
-    candidates = torch.cat(count.inside)
+def _cut(seen: Sequence[_Around], low: float, high: float, remaining: int) -> Cut:
+    """The cut below the entries above the bracket, of which ``remaining`` more are kept."""
+    at_high, at_low = [part.at_high for part in seen], [part.at_low for part in seen]
+    if remaining <= sum(at_high):
+        return Cut(high, _first(remaining, at_high), tuple(at_high))
+    remaining -= sum(at_high)
+    candidates = torch.cat([part.inside for part in seen])
     if remaining > len(candidates):
-        low = _first(remaining - len(candidates), count.at_low)
-        return Cut(count.low, low, tuple(count.at_low))
+        return Cut(low, _first(remaining - len(candidates), at_low), tuple(at_low))
     threshold = candidates.kthvalue(len(candidates) - remaining + 1).values
     remaining -= int((candidates > threshold).sum())
-    tied = tuple(int((chunk == threshold).sum()) for chunk in count.inside)
+    tied = tuple(int((part.inside == threshold).sum()) for part in seen)
     return Cut(float(threshold), _first(remaining, tied), tied)
 
 

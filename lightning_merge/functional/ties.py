@@ -80,23 +80,40 @@ def sign_consensus(
     majority = cache(majority or (lambda: majority_sign(flat)))
     merged = torch.empty_like(flat[0])
     for start in range(0, flat.shape[1], BLOCK):
-        block = flat[:, start : start + BLOCK]
-        total = block.sum(0)
-        signs = total.sign()
-        if zero_sign != "none":
-            # minus the largest entry where the sum is zero, and zero elsewhere: a mask is slow
-            peak = block.amax(0)
-            if float((signs.abs().sub_(1) * peak).min()) < 0:
-                cancelled = (signs == 0) & (peak > 0)
-                signs[cancelled] = 1.0 if zero_sign == "positive" else majority()
-        # magnitudes of what has the elected sign, zero elsewhere: products and sums in the cache
-        # are on the CPU several times as fast as masks
-        agreeing = (block * signs).relu_()
-        chosen = agreeing.amax(0) if combine == "max" else agreeing.sum(0)
-        if combine == "mean":
-            chosen /= agreeing.sign_().sum(0).clamp_(min=1)
-        torch.mul(chosen, signs, out=merged[start : start + BLOCK])
+        part = slice(start, start + BLOCK)
+        merged[part] = block_consensus(flat[:, part], combine, zero_sign, majority)
     return merged.view(trimmed.shape[1:])
+
+
+def block_consensus(
+    trimmed: Float[Tensor, "experts n"],
+    combine: Combine,
+    zero_sign: ZeroSign,
+    majority: Callable[[], float],
+) -> Float[Tensor, " n"]:
+    """What :func:`sign_consensus` does to a block that fits into the cache, of n > 0 entries."""
+    # Products and sums in the cache are on the CPU several times as fast as masks. Where the sum
+    # is zero the sign is plus for now: nothing agrees with it unless task vectors cancel there.
+    signs = trimmed.sum(0).sign_()
+    sides = signs.mul(2).add_(1).sign_()
+    chosen = _of_side(trimmed, sides, combine).mul_(sides)
+    if zero_sign == "positive":
+        return chosen
+    if zero_sign == "none":
+        return chosen.mul_(signs.abs_())
+    cancelled = signs.abs_().sub_(1).mul_(chosen)
+    if float(cancelled.min()) < 0 and (sign := majority()) <= 0:
+        columns = cancelled.nonzero().squeeze(1)
+        minus = torch.full_like(chosen[columns], -1.0)
+        chosen[columns] = sign * _of_side(trimmed[:, columns], minus, combine)
+    return chosen
+
+
+def _of_side(trimmed: Tensor, sides: Tensor, combine: Combine) -> Tensor:
+    """Mean, sum or maximum of the magnitudes of the entries that have the sign of their column."""
+    agreeing = trimmed.mul(sides).relu_()
+    chosen = agreeing.amax(0) if combine == "max" else agreeing.sum(0)
+    return chosen.div_(agreeing.sign_().sum(0).clamp_(min=1)) if combine == "mean" else chosen
 
 
 def combined(

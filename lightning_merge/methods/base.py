@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, final
 
@@ -29,7 +29,6 @@ from lightning_merge.states import (
     check_compatible,
     check_finite,
     kind_of,
-    shape_of,
     tied_names,
 )
 
@@ -157,37 +156,30 @@ class WeightMethod(MergeMethod):
         value = base[name].detach()
         return task_vectors_of(value, stack_parameter(name, value, experts, factors))
 
-    def task_vector(
-        self, name: str, base: StateDict, task: str, expert: StateDict, stride: int = 1
-    ) -> Tensor:
-        """Every ``stride``-th entry of one task vector of one parameter, flat.
+    def task_vector_reader(
+        self, name: str, base: StateDict, task: str, expert: StateDict
+    ) -> Callable[[slice], Tensor]:
+        """What reads a slice of one task vector of one parameter, flat; from several threads.
 
-        Bit for bit those of :meth:`task_vectors`.
+        The entries are bit for bit those of :meth:`task_vectors`.
         """
-        (vector,) = self._vector_parts(name, base, task, expert, [slice(None, None, stride)])
-        return vector
-
-    def task_vector_blocks(
-        self, name: str, base: StateDict, task: str, expert: StateDict, size: int
-    ) -> Iterator[Tensor]:
-        """The same task vector in blocks of ``size`` entries, which stay in the cache."""
-        number = math.prod(shape_of(base, name))
-        parts = (slice(start, start + size) for start in range(0, number, size))
-        return self._vector_parts(name, base, task, expert, parts)
-
-    def _vector_parts(
-        self, name: str, base: StateDict, task: str, expert: StateDict, parts: Iterable[slice]
-    ) -> Iterator[Tensor]:
         origin = base[name].detach().reshape(-1)
         value = expert[name].detach().reshape(-1)
         factors = coefficients_of(name, (task,), self.coefficients)
-        for part in parts:
-            there = value[part].to(origin.device)
-            vector = task_vectors_of(origin[part], scaled(origin[part], there[None], factors))[0]
+        plain = value.dtype == origin.dtype == torch.float32 and factors == (1.0,)
+
+        def read(part: slice) -> Tensor:
+            here, there = origin[part], value[part].to(origin.device)
+            if plain:
+                vector = torch.sub(there, here)
+            else:
+                vector = task_vectors_of(here, scaled(here, there[None], factors))[0]
             if not math.isfinite(float(vector.sum())):
                 check_finite(name, "the base", base[name])
                 check_finite(name, f"expert '{task}'", expert[name])
-            yield vector
+            return vector
+
+        return read
 
     def block_merge(self, name: str) -> BlockMerge | None:
         """What merges one parameter block by block, without stacking, where a method can do that.

@@ -1,5 +1,6 @@
 """What DARE and DELLA share: entries dropped at random, by probabilities that each has its own."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_merge.functional.dare import Rescale, bernoulli, drop_and_rescale, random_words
+from lightning_merge.functional.dare import (
+    Rescale,
+    bernoulli,
+    bit_mask,
+    drop_and_rescale,
+    keep_bits,
+    random_words,
+)
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
 from lightning_merge.functional.ties import BLOCK, SumOrTies, combined
 from lightning_merge.methods.walk import BlockMerge
@@ -42,16 +50,27 @@ class RandomDrop:
     ) -> Tensor:
         keep = self.keep(base)
         assert isinstance(keep, float)
-        drawn = (random_words(self.seed, task, name, len(base), start) for task in tasks)
-        masks = [bernoulli(keep, words).to(base.device) for words in drawn]
-        merged = torch.empty_like(base)
-        for first in range(0, len(base), BLOCK):
-            part = slice(first, first + BLOCK)
-            task_vectors = task_vectors_of(base[part], torch.stack([row[part] for row in rows]))
-            for row, mask in zip(task_vectors, masks, strict=True):
-                row.copy_(drop_and_rescale(row, mask[part], keep, self.rescale))
-            update = combined(task_vectors, self.combine)
-            merged[part] = add_update(base[part], update, self.scale)
+        wide = torch.promote_types(torch.promote_types(base.dtype, rows[0].dtype), torch.float32)
+        masks = [
+            bit_mask(keep, random_words(self.seed, task, name, len(base), start)).to(base.device)
+            for task in tasks
+        ]
+        merged, origin = torch.empty_like(base), base.to(wide)
+        # an inverse probability common to all entries is as well applied to what is combined
+        scale = self.scale / keep if self.rescale == "inverse" else self.scale
+        stack = base.new_empty((len(rows), min(BLOCK, len(base))), dtype=wide)
+        # split once: a slice costs as much as an operation on a small block
+        wholes = (merged, origin, *(row.to(wide) for row in rows), *masks)
+        for out, here, *parts in zip(*(whole.split(BLOCK) for whole in wholes), strict=True):
+            stack = stack if stack.shape[1] == len(here) else stack[:, : len(here)].contiguous()
+            for row, part in zip(stack, parts, strict=False):
+                torch.sub(part, here, out=row)
+            if not math.isfinite(float(stack.sum())) and not bool(stack.isfinite().all()):
+                out.fill_(math.nan)  # a mask drops NaN and infinity too: the walk must see them
+                continue
+            for row, mask in zip(stack, parts[len(rows) :], strict=True):
+                keep_bits(row, mask)
+            out.copy_(add_update(here, combined(stack, self.combine), scale))
         return merged
 
     def merge(self, tasks: Sequence[str], name: str, base: Tensor, experts: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from torch import Tensor
 from lightning_merge.functional.adamerging import agreeing
 from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.functional.selection import BLOCK as CHUNK
-from lightning_merge.functional.selection import Count, Cut, largest, num_kept
+from lightning_merge.functional.selection import Count, Search, num_kept
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
 from lightning_merge.functional.ties import (
     BLOCK,
     Combine,
     ZeroSign,
+    block_consensus,
     elect,
     sign_consensus,
     trim,
@@ -88,7 +89,7 @@ class TIES(WeightMethod):
     def _merge_trimmed(
         self, majority: Callable[[], float], base: Tensor, trimmed: Tensor
     ) -> Tensor:
-        update = sign_consensus(trimmed, self.combine, self.zero_sign, majority)
+        update = block_consensus(trimmed, self.combine, self.zero_sign, majority)
         return add_update(base, update, self.scale)
 
 
@@ -100,10 +101,13 @@ def _blockwise(
 
     def merge_block(name: str, start: int, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
         merged = torch.empty_like(base)
-        for first in range(0, len(base), BLOCK):
-            part = slice(first, first + BLOCK)
-            origin = base[part]
-            merged[part] = merge(origin, trim(origin, [row[part] for row in rows]))
+        if not len(base):
+            return merged
+        space = trim.space(base, rows)
+        # split once: a slice costs as much as an operation on a small block
+        pieces = zip(*(whole.split(BLOCK) for whole in (merged, base, *rows)), strict=True)
+        for out, origin, *parts in pieces:
+            out.copy_(merge(origin, trim(origin, parts, space)))
         return merged
 
     return InOrder(merge_block) if any(trim.ties) else merge_block
@@ -116,14 +120,28 @@ class _Trim:
         self.thresholds = [threshold for threshold, _ in cuts]
         self.ties = [ties for _, ties in cuts]
 
-    def __call__(self, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    def space(self, base: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Room for the trimmed blocks of at most ``BLOCK`` entries, to be used again."""
         wide = torch.promote_types(torch.promote_types(base.dtype, rows[0].dtype), torch.float32)
-        trimmed, origin = base.new_empty((len(rows), len(base)), dtype=wide), base.to(wide)
-        for t, row in enumerate(rows):
-            task_vector = torch.sub(row.to(wide), origin)
-            trimmed[t], used = trim_by(task_vector, self.thresholds[t], self.ties[t])
+        stack = base.new_empty((len(rows), min(BLOCK, len(base))), dtype=wide)
+        return (stack, *stack)
+
+    def __call__(
+        self, base: Tensor, rows: Sequence[Tensor], space: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        stack, *trimmed = space or self.space(base, rows)
+        if stack.shape[1] != len(base):
+            stack, *trimmed = self.space(base, rows)
+        origin = base.to(stack.dtype)
+        for t, (row, out) in enumerate(zip(rows, trimmed, strict=True)):
+            torch.sub(row if row.dtype == stack.dtype else row.to(stack.dtype), origin, out=out)
+            if self.ties[t] == 0:
+                torch.hardshrink(out, self.thresholds[t], out=out)
+                continue
+            kept, used = trim_by(out, self.thresholds[t], self.ties[t])
+            out.copy_(kept)
             self.ties[t] -= used
-        return trimmed
+        return stack
 
 
 def _elected(base: Tensor, trimmed: Tensor) -> Tensor:
@@ -143,12 +161,18 @@ class _Model:
         size = sum(math.prod(shape_of(self.base, name)) for name in names)
         kept = num_kept(self.method.density, size, self.method.count)
 
-        def find(task: str) -> Cut:
-            chunks = partial(self._chunks, names, task)
-            return largest(chunks, size, kept, sample=partial(self._sample, names, task))
-
         tasks = tuple(self.experts)
-        found = map_on_cores(find, tasks, size=size)
+        searches = [Search(size, kept) for _ in tasks]
+        for task, search in zip(tasks, searches, strict=True):
+            if search.stride:
+                search.take(self._sample(names, task, search.stride))
+        while open_ones := {
+            task: s for task, s in zip(tasks, searches, strict=True) if s.cut is None
+        }:
+            self._look(names, open_ones)
+            for search in open_ones.values():
+                search.conclude()
+        found = [search.cut for search in searches if search.cut]
         cuts: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
         for task, cut in zip(tasks, found, strict=True):
             start = 0
@@ -164,8 +188,8 @@ class _Model:
 
     def _below(self, threshold: float, name: str, task: str) -> float:
         """The next smaller number, above which lie all entries that tie as well: none to count."""
-        blocks = self.method.task_vector_blocks(name, self.base, task, self.experts[task], 1)
-        value = next(blocks)
+        read = self.method.task_vector_reader(name, self.base, task, self.experts[task])
+        value = read(slice(1))
         return float(torch.nextafter(torch.full_like(value, threshold), torch.zeros_like(value)))
 
     def majority_sign(
@@ -184,15 +208,31 @@ class _Model:
             total += float(signs.sum(dtype=torch.float64))
         return float(np.sign(total))
 
-    def _chunks(self, names: list[str], task: str) -> Iterator[Tensor]:
+    def _look(self, names: list[str], searches: Mapping[str, Search]) -> None:
+        """Look at all task vectors chunk by chunk, so that the base is read once."""
+        first = 0
         for name in names:
-            yield from self.method.task_vector_blocks(
-                name, self.base, task, self.experts[task], CHUNK
-            )
+            read = [
+                self.method.task_vector_reader(name, self.base, task, self.experts[task])
+                for task in searches
+            ]
+            look = partial(_look, read, tuple(searches.values()), first)
+            chunks = range(-(-math.prod(shape_of(self.base, name)) // CHUNK))
+            map_on_cores(look, chunks, size=CHUNK * len(read))
+            first += len(chunks)
 
     def _sample(self, names: list[str], task: str, stride: int) -> Iterator[Tensor]:
         for name in names:
-            yield self.method.task_vector(name, self.base, task, self.experts[task], stride)
+            read = self.method.task_vector_reader(name, self.base, task, self.experts[task])
+            yield read(slice(None, None, stride))
+
+
+def _look(
+    read: Sequence[Callable[[slice], Tensor]], searches: Sequence[Search], first: int, chunk: int
+) -> None:
+    part = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+    for read_one, search in zip(read, searches, strict=True):
+        search.look(first + chunk, read_one(part))
 
 
 def agreeing_task_vectors(

@@ -87,3 +87,21 @@ def test_both_kinds_of_probability_agree(density):
 def test_density_errors(density):
     with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
         DARE(density=density)
+
+
+@pytest.mark.parametrize("combine", ["sum", "ties"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_dropped_entry_that_is_not_finite_is_named(combine, value):
+    base, experts = models(2)
+    # dropped with a probability of all but certainty, were it not for the check
+    experts["task1"]["fc.weight"].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=r"expert 'task1': parameter 'fc.weight' holds 1 non"):
+        DARE(density=1e-6, combine=combine).merge(base, experts)
+
+
+def test_kept_entries_of_many_blocks_are_those_of_the_words():
+    size = (1 << 17) + 16411
+    base, expert = {"w": torch.zeros(size)}, {"w": torch.arange(1.0, size + 1)}
+    merged = DARE(density=0.3, scale=0.3, seed=3).merge(base, {"a": expert})["w"]
+    kept = random_words(3, "a", "w", size).double() < 0.3 * 2**32 - 2**31
+    torch.testing.assert_close(merged, expert["w"] * kept, rtol=1e-6, atol=0)

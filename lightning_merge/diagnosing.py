@@ -278,7 +278,13 @@ def diagnose_experts(
     candidates = {"base": TaskArithmetic(scale=0.0), **{brief(m): m for m in methods}}
     for name, method in candidates.items():
         model = merge_experts(
-            experts, method, calibration, correction=CorrectionOptions(), check=False, **merging
+            experts,
+            method,
+            calibration,
+            correction=CorrectionOptions(),
+            check=False,
+            report="off",
+            **merging,
         )
         merges[name] = _error(
             cross_validated_errors(model.correction, None, heads=model.linear_heads())

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from benchmarks import methods_table
-from benchmarks.features import merge, merged_state, references
+from benchmarks.features import backbone, merge, references
 from benchmarks.methods_table import ROWS, Row, measure, page_numbers, sections, write_page
 from benchmarks.suites import build
 from lightning_merge import merge_experts
@@ -50,7 +50,7 @@ class Halfway(CalibratedMethod):
 
 
 def test_methods_with_data_are_rows_like_others(experts):
-    found, expected = (merged_state(experts, m, limit=50) for m in (Halfway(), Average()))
+    found, expected = (backbone(experts, m, limit=50) for m in (Halfway(), Average()))
     assert set(found) == set(expected)
     assert float((found["0.weight"] - expected["0.weight"]).abs().max()) < 1e-6
     merge(experts, Halfway(), references(experts, 50), limit=50)

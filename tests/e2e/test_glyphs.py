@@ -83,7 +83,8 @@ def test_the_files_of_each_artifact(run):
         *(f"{part}/{task}.safetensors" for part in parts for task in TASKS),
     }
     assert files(run / "merged") == {
-        *("merged.json", "backbone.safetensors", "heads.safetensors", "correction.safetensors")
+        *("merged.json", "backbone.safetensors", "heads.safetensors", "correction.safetensors"),
+        *("README.md", "interference.png"),
     }
     assert files(run / "sweep") == {
         *("results.parquet", "results.csv", "summary.json", "report.html"),

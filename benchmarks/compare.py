@@ -1,55 +1,40 @@
 """Ours against a plain torch prototype and whichever peers are installed, in turns.
 
-python -m benchmarks.compare [--quick] [--only average,ties] [--rounds 5] [--device cpu]
+python -m benchmarks.compare [--quick] [--only average,ties] [--rounds 3] [--device cpu]
 
-Of every row: medians, the median of the ratios to ours within a round, the growth of anonymous
-memory in a process of its own, and the largest difference of the result. A contender that fails or
-takes too long is reported with the reason. Writes docs/results/methods_speed.md.
+Every contender of a row runs in a process of its own, one at a time, so that one which fails, takes
+too long or eats the memory is reported with the reason and the others go on. Of every row: medians,
+the median of the ratios to ours within a round, the growth of anonymous memory, and the largest
+difference of the result. Writes docs/results/methods_speed.md after every row.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
-import io
 import json
+import math
 import os
 import platform
 import resource
-import signal
+import selectors
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from benchmarks import peers
+from benchmarks.contender import contender
 from benchmarks.models import experts_near_base
-from benchmarks.peers import Contender, State
-from benchmarks.prototypes import PROTOTYPES
-from lightning_merge.methods import DARE, TIES, Average, IsoC, IsoCTS, TaskArithmetic, TSVMerge
-from lightning_merge.shards import write_sharded
-from lightning_merge.states import LazyStateDict
 
 RESULT = Path("docs/results/methods_speed.md")
-OURS: dict[str, Contender] = {
-    "average": Average().merge,
-    "linear": Average().merge,
-    "task_arithmetic": TaskArithmetic(scale=0.3).merge,
-    "ties": TIES(count="published").merge,
-    "dare_ties": DARE(combine="ties", scale=1.0).merge,
-    "tsv": TSVMerge().merge,
-    "iso_c": IsoC().merge,
-    "iso_cts": IsoCTS().merge,
-}
 
 
 @dataclass(frozen=True)
@@ -61,6 +46,7 @@ class Row:
     blocks: int
     threads: int = 0
     peers: bool = True
+    rounds: int | None = None
 
 
 ROWS = {
@@ -73,173 +59,134 @@ ROWS = {
     "iso_c": Row("Iso-C, 2 blocks", "iso_c", 2),
     "iso_cts": Row("Iso-CTS, 2 blocks", "iso_cts", 2),
     # the peers need 20 GiB, or minutes, for these
-    "ties_whole": Row("TIES, whole model, 1 thread", "ties", 12, 1, peers=False),
-    "tsv_whole": Row("TSV-M, whole model, 1 thread", "tsv", 12, 1, peers=False),
+    "ties_whole": Row("TIES, whole model, 1 thread", "ties", 12, 1, peers=False, rounds=1),
+    "tsv_whole": Row("TSV-M, whole model, 1 thread", "tsv", 12, 1, peers=False, rounds=1),
 }
 QUICK = ("ties", "dare_ties", "tsv", "iso_c", "iso_cts")
 
 
-def contenders(row: Row) -> dict[str, Contender]:
-    found = {"ours": OURS[row.method]}
-    if row.method in PROTOTYPES:
-        found["prototype"] = PROTOTYPES[row.method]
-    if row.peers:
-        found |= {n: p[row.method] for n, p in peers.installed()[0].items() if row.method in p}
-    return {n: file_to_file(n, run) for n, run in found.items()} if is_linear(row) else found
+class ContenderError(Exception):
+    """Why a contender gives no figure."""
 
 
-def is_linear(row: Row) -> bool:
-    return row.method == "linear"
+@dataclass
+class Runner:
+    """The process of one contender, and what it has answered."""
+
+    process: subprocess.Popen[str]
+    walls: list[float] = field(default_factory=list)
+    cpus: list[float] = field(default_factory=list)
+    growth: float = 0.0
+    difference: float = math.nan
+    failure: str = ""
+
+    def answer(self, seconds: float) -> dict[str, float]:
+        """The next line it prints, or the reason why there is none."""
+        selector, end = selectors.DefaultSelector(), time.monotonic() + seconds
+        selector.register(self.process.stdout, selectors.EVENT_READ)
+        before = anonymous(self.process.pid)
+        while not selector.select(0.01):
+            self.growth = max(self.growth, anonymous(self.process.pid) - before)
+            if time.monotonic() > end:
+                self.process.kill()
+                raise ContenderError(f"over {seconds:g} s")
+        line = self.process.stdout.readline()
+        if not line:
+            last = (self.process.stderr.read() or "").strip().splitlines()[-1:]
+            raise ContenderError((last or [f"ended with code {self.process.wait()}"])[0][:90])
+        return json.loads(line)
+
+    def turn(self, seconds: float) -> None:
+        """One merge."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        found = self.answer(seconds)
+        self.walls.append(found["wall"])
+        self.cpus.append(found["cpu"])
+        growth, self.difference = self.growth, self.answer(120)["difference"]
+        self.growth = growth  # the comparison is not part of the merge
 
 
-def file_to_file(name: str, run: Contender) -> Contender:
-    """Read, merge, write: ``base`` and ``experts`` hold paths, under the name "path"."""
-
-    def ours(base: State, experts: dict[str, State]) -> State:
-        lazy = {task: LazyStateDict(path) for task, path in experts.items()}
-        origin = LazyStateDict(base)
-        sizes = {n: 4 * origin[n].numel() for n in origin}
-        (path,) = write_sharded(Path(base).parent / "ours", Average().stream(origin, lazy), sizes)
-        return LazyStateDict(path)
-
-    def theirs(base: State, experts: dict[str, State]) -> State:
-        opened = LazyStateDict if name == "prototype" else load_file
-        states = {task: opened(path) for task, path in experts.items()}
-        path = Path(base).parent / f"{name}.safetensors"
-        save_file(run(opened(base), states), path)
-        return LazyStateDict(path)
-
-    return ours if name == "ours" else theirs
+def anonymous(pid: int) -> float:
+    """GiB of a process that no file backs; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next((int(x.split()[1]) / 2**20 for x in lines if x.startswith("RssAnon")), 0.0)
+    return 0.0
 
 
-@contextlib.contextmanager
-def inputs(row: Row, options: argparse.Namespace) -> Iterator[tuple[State, dict[str, State]]]:
-    torch.set_num_threads(row.threads or options.threads)
-    base, experts = experts_near_base(options.experts, min(row.blocks, options.blocks))
-    if not is_linear(row):
-        base = {n: v.to(options.device) for n, v in base.items()}
-        for task, state in experts.items():
-            experts[task] = {n: v.to(options.device) for n, v in state.items()}
-        yield base, experts
-        return
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        states = {"base": base, **experts}
-        paths = {name: str(Path(folder) / f"{name}.safetensors") for name in states}
-        for name in list(states):
-            save_file(states.pop(name), paths[name])
-        base, experts = {}, {}
-        yield paths.pop("base"), paths
+def write_models(folder: Path, options: argparse.Namespace, blocks: int) -> None:
+    base, experts = experts_near_base(options.experts, blocks)
+    save_file(base, folder / "base.safetensors")
+    for t, task in enumerate(list(experts)):
+        save_file(experts.pop(task), folder / f"{t}.safetensors")
 
 
-@contextlib.contextmanager
-def limit(seconds: int) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"over {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def timed(run: Contender, base: State, experts: dict[str, State], device: str) -> tuple:
-    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        result = run(base, experts)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return result, wall, cpu
+def started(name: str, row: Row, folder: Path, options: argparse.Namespace) -> Runner:
+    command = [sys.executable, "-m", "benchmarks.contender", name, row.method]
+    command += ["--folder", str(folder), "--experts", str(options.experts)]
+    command += ["--device", options.device, "--threads", str(row.threads or options.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(row.threads or options.threads)}
+    log = (folder / f"{name}.log").open("w+")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment
+    )
+    process.stderr = log
+    return Runner(process)
 
 
-def compare(key: str, options: argparse.Namespace) -> list[list[str]]:
+def compare(key: str, folder: Path, options: argparse.Namespace) -> list[list[str]]:
     row = ROWS[key]
-    failed: dict[str, str] = {}
-    seconds: dict[str, list[float]] = {}
-    cpus: dict[str, list[float]] = {}
-    differences: dict[str, float] = {}
-    with inputs(row, options) as (base, experts):
-        runs = contenders(row)
-        for _ in range(options.rounds):
-            reference = None
-            for name in [n for n in runs if n not in failed]:
-                try:
-                    with limit(options.limit):
-                        result, wall, cpu = timed(runs[name], base, experts, options.device)
-                except Exception as error:
-                    failed[name] = f"{type(error).__name__}: {error}"[:90]
-                    continue
-                seconds.setdefault(name, []).append(wall)
-                cpus.setdefault(name, []).append(cpu)
-                reference = result if name == "ours" else reference
-                if name not in differences and reference is not None:
-                    differences[name] = max(
-                        float((result[n] - reference[n]).abs().max()) for n in reference
-                    )
-                del result
-    lines = []
-    for name in runs:
-        label = row.title if name == "ours" else ""
-        if name in failed:
-            lines.append([label, name, failed[name], "", "", "", ""])
-            continue
-        ours = seconds.get("ours", seconds[name])
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], ours, strict=False))
-        lines.append(
-            [
-                label,
-                name,
-                f"{statistics.median(seconds[name]):.2f}",
-                f"{statistics.median(cpus[name]):.2f}",
-                f"{ratio:.2f}",
-                memory(key, name, options),
-                f"{differences.get(name, float('nan')):.0e}",
-            ]
-        )
-        print("  ".join(lines[-1]), flush=True)
-    return lines
-
-
-def memory(key: str, name: str, options: argparse.Namespace) -> str:
-    """Growth of anonymous memory of one contender, in a process of its own."""
-    if options.no_memory:
-        return "-"
-    command = [sys.executable, "-m", "benchmarks.compare", "--probe", key, name]
-    for option in ("experts", "blocks", "threads", "device"):
-        command += [f"--{option}", str(getattr(options, option))]
+    names = ["ours", "prototype", *(peers.installed() if row.peers else [])]
+    runners: dict[str, Runner] = {}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=4 * options.limit, check=True
-        )
-        return f"{json.loads(done.stdout.splitlines()[-1]):.2f}"
-    except (subprocess.SubprocessError, ValueError, IndexError):
-        return "failed"
+        for name in names:
+            runner = started(name, row, folder, options)
+            runners[name] = runner
+            try:
+                if runner.answer(options.limit).get("absent"):
+                    del runners[name]
+            except ContenderError as error:
+                runner.failure = str(error)
+        for runner in runners.values():
+            runner.growth = 0.0
+        for _ in range(row.rounds or options.rounds):
+            for runner in runners.values():
+                take_turn(runner, options.limit)
+        return [line(row, name, runner, runners["ours"]) for name, runner in runners.items()]
+    finally:
+        for runner in runners.values():
+            runner.process.kill()
+            runner.process.wait()
 
 
-def probe(key: str, name: str, options: argparse.Namespace) -> None:
-    row, peak, stop = ROWS[key], [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.002):
-            peak[0] = max(peak[0], anonymous())
-
-    with inputs(row, options) as (base, experts):
-        run, before = contenders(row)[name], anonymous()
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        timed(run, base, experts, options.device)
-        stop.set()
-        watcher.join()
-    print(json.dumps(max(0, peak[0] - before) / 2**20))
+def take_turn(runner: Runner, seconds: float) -> None:
+    if runner.failure:
+        return
+    try:
+        runner.turn(seconds)
+    except (ContenderError, OSError) as error:
+        runner.failure = str(error)
 
 
-def anonymous() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+def line(row: Row, name: str, runner: Runner, ours: Runner) -> list[str]:
+    label = row.title if name == "ours" else ""
+    if not runner.walls:
+        cells = [label, name, runner.failure, "", "", "", ""]
+    else:
+        ratios = [a / b for a, b in zip(runner.walls, ours.walls, strict=False)]
+        cells = [
+            label,
+            name,
+            f"{statistics.median(runner.walls):.2f}",
+            f"{statistics.median(runner.cpus):.2f}",
+            f"{statistics.median(ratios):.2f}" if ratios else "-",
+            f"{runner.growth:.2f}",
+            f"{runner.difference:.0e}",
+        ]
+    print("  ".join(cells), flush=True)
+    return cells
 
 
 def start_up() -> list[list[str]]:
@@ -284,12 +231,18 @@ def accuracy() -> list[list[str]]:
     polar = [a @ b for a, _, b in (torch.linalg.svd(m, False) for m in (u, v))]
     exact = polar[0] * values @ polar[1]
     lines = []
-    for who, run in contenders(ROWS["tsv"]).items():
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
-            # in float64 the sum with the base does not round away what is compared
-            wide = {n: v.double() for n, v in base.items()} if who == "ours" else base
-            update = run(wide, experts)[name].double() - base[name].double()
+    for who in ("ours", "prototype", *peers.installed()):
+        try:
+            # peers talk
+            with contextlib.redirect_stdout(sys.stderr):
+                if (run := contender(who, "tsv")) is None:
+                    continue
+                # in float64 the sum with the base does not round away what is compared
+                wide = {n: v.double() for n, v in base.items()} if who == "ours" else base
+                update = run(wide, experts)[name].double() - base[name].double()
             lines.append([who, f"{float((update - exact).norm() / exact.norm()):.0e}"])
+        except Exception as error:  # (a peer may fail in any way)
+            lines.append([who, f"{type(error).__name__}: {error}"[:90]])
     return lines
 
 
@@ -305,16 +258,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=12, help="at most this many a row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--limit", type=int, default=300, help="seconds a contender may take")
+    parser.add_argument("--limit", type=float, default=240, help="seconds a merge may take")
     parser.add_argument("--quick", action="store_true", help="only the rows of two blocks")
     parser.add_argument("--only", default="")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--no-write", action="store_true")
-    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path(), help="where the models are written")
+    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    if options.probe:
-        probe(*options.probe, options)
-        return
     keys = options.only.split(",") if options.only else QUICK if options.quick else tuple(ROWS)
     where = (
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
@@ -322,26 +271,35 @@ def main() -> None:
         f"{platform.python_version()}, {versions()}."
     )
     print(where)
-    missing = peers.installed()[1]
-    rows = [line for key in keys for line in compare(key, options)]
-    header = ["row", "contender", "median s", "CPU s", "x ours", "+GiB", "difference"]
     sections = [
         "# Speed and memory of the weight-space methods",
-        f"Made by `python -m benchmarks.compare {' '.join(sys.argv[1:])}`".rstrip(),
+        f"Made by `python -m benchmarks.compare {' '.join(sys.argv[1:])}".rstrip() + "`.",
         f"{where} {options.experts} experts of ViT-B/32 shapes in float32, {options.rounds} rounds "
-        "in turns; `x ours` is the median of the ratios within a round.",
-        table(header, rows),
-        table(["import", "CPU s"], start_up()),
+        "in turns (one of the rows of whole models); `x ours` is the median of the ratios within "
+        "a round, and values above 1 are slower than ours.",
     ]
+    rows: list[list[str]] = []
+    header = ["row", "contender", "median s", "CPU s", "x ours", "+GiB", "difference"]
+    for blocks in sorted({min(ROWS[key].blocks, options.blocks) for key in keys}):
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            write_models(Path(name), options, blocks)
+            for key in keys:
+                if min(ROWS[key].blocks, options.blocks) == blocks:
+                    rows += compare(key, Path(name), options)
+                    write(options.output, [*sections, table(header, rows)])
+    sections += [table(header, rows), table(["import", "CPU s"], start_up())]
     if "tsv" in keys:
         sections.append("Relative error of TSV-M against float64 singular value decompositions:")
         sections.append(table(["contender", "error"], accuracy()))
-    if missing:
-        sections.append("Left out: " + "; ".join(f"{n} ({why})" for n, why in missing.items()))
+    if missing := [name for name in peers.MODULES if name not in peers.installed()]:
+        sections.append(f"Not installed: {', '.join(missing)}.")
+    write(options.output, sections)
     print("\n\n".join(sections))
-    if not options.no_write:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def write(path: Path, sections: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

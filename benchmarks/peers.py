@@ -1,8 +1,9 @@
 """The peers' own functions, behind one signature: all that the benchmarks know of their interfaces.
 
-A peer that is not installed, or has changed, gives the reason instead of its functions.
+Each peer is loaded in the process that runs it.
 """
 
+import importlib.util
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -59,20 +60,19 @@ def fusion_bench() -> dict[str, Contender]:
 
 
 def mergekit() -> dict[str, Contender]:
+    from mergekit.merge_methods.base import TensorBatch
     from mergekit.merge_methods.generalized_task_arithmetic import (
         ConsensusMethod,
         GeneralizedTaskArithmeticMerge,
     )
+    from mergekit.merge_methods.linear import linear_merge
     from mergekit.sparsify import SparsificationMethod
 
     def linear(_: State, experts: dict[str, State]) -> State:
-        # the loop of its linear method, whose batches are parameters of one shape
-        merged = {}
+        weight, merged = torch.ones(1, len(experts)), {}
         for name in next(iter(experts.values())):
-            total = torch.zeros_like(experts[next(iter(experts))][name])
-            for expert in experts.values():
-                total.addcmul_(expert[name], torch.tensor(1.0))
-            merged[name] = total.div_(len(experts))
+            batch = TensorBatch([expert[name][None] for expert in experts.values()])
+            merged[name] = linear_merge.implementation(batch, weight=weight)[0]
         return merged
 
     def arithmetic(consensus: object, sparse: object, **options: object) -> Contender:
@@ -117,14 +117,9 @@ def mergekit() -> dict[str, Contender]:
 
 
 PEERS = {"fusion-bench": fusion_bench, "mergekit": mergekit}
+MODULES = {"fusion-bench": "fusion_bench", "mergekit": "mergekit"}
 
 
-def installed() -> tuple[dict[str, dict[str, Contender]], dict[str, str]]:
-    """The functions of every peer that works here, and why the others do not."""
-    found, missing = {}, {}
-    for name, load in PEERS.items():
-        try:
-            found[name] = load()
-        except Exception as error:  # noqa: PERF203 (a peer may fail in any way)
-            missing[name] = f"{type(error).__name__}: {error}"
-    return found, missing
+def installed() -> list[str]:
+    """The peers that are here; whether their functions can be loaded is seen when they run."""
+    return [name for name, module in MODULES.items() if importlib.util.find_spec(module)]

@@ -46,12 +46,11 @@ def write_backbone(folder: Path, tensors: Mapping[str, Tensor], shard_size: int)
         tensors: By name, each once.
         shard_size: Bytes of a file, at most; a larger tensor gets a file of its own.
     """
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    if sum(sizes.values()) <= shard_size:
+    if sum(tensor.nbytes for tensor in tensors.values()) <= shard_size:
         write_tensors(folder / FILE, tensors)
     else:
         (folder / FOLDER).mkdir()
-        write_sharded(folder / FOLDER, tensors.items(), sizes, shard_size)
+        write_sharded(folder / FOLDER, tensors.items(), tensors, shard_size)
 
 
 def read_backbone(folder: Path) -> LazyStateDict | ShardedStateDict:

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 FILES = ("*.json", "*.safetensors", "*.md", "*.png")
 """What a merged model's folder holds; nothing else is fetched."""
 
@@ -27,6 +24,10 @@ def push_folder(
     Raises:
         ValueError: If the name is no repository's, or the hub refuses; nothing is half uploaded.
     """
+    # imported where it is used: with its HTTP client it takes as long as all the rest of ours
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -51,6 +52,9 @@ def fetch_folder(
     Raises:
         ValueError: If there is no such repository, or neither a connection nor an earlier download.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         found = snapshot_download(
             repo_id,

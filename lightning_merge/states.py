@@ -17,8 +17,10 @@ STATISTIC_SUFFIXES = ("running_mean", "running_var")
 DTYPES = {
     **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
     "BF16": "bfloat16",
-    "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
     "BOOL": "bool",
 }
 """What safetensors and torch call the same dtype."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 
-from lightning_merge import MergedModel, hub
+from lightning_merge import MergedModel
 from tests.networks import MLP
 from tests.test_merged import merged
 
@@ -42,7 +42,7 @@ class LocalApi:
 @pytest.fixture
 def api(tmp_path, monkeypatch):
     monkeypatch.setattr(LocalApi, "cache", tmp_path / "hub")
-    monkeypatch.setattr(hub, "HfApi", LocalApi)
+    monkeypatch.setattr("huggingface_hub.HfApi", LocalApi)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return LocalApi
 

@@ -15,9 +15,7 @@ def sizes(state):
 def test_merge_streamed_into_shards_and_out_of_them(tmp_path):
     base, experts = models(2)
     merged = TaskArithmetic().merge(base, experts)
-    files = write_sharded(
-        tmp_path, TaskArithmetic().stream(base, experts), sizes(base), max_bytes=500
-    )
+    files = write_sharded(tmp_path, TaskArithmetic().stream(base, experts), base, max_bytes=500)
     assert [f.name for f in files] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(sizes(base).values())
@@ -31,7 +29,7 @@ def test_merge_streamed_into_shards_and_out_of_them(tmp_path):
 
 def test_one_file_has_no_index(tmp_path):
     base, _ = models(1)
-    (path,) = write_sharded(tmp_path, base.items(), sizes(base))
+    (path,) = write_sharded(tmp_path, base.items(), base)
     assert path.name == "model.safetensors"
     assert not (tmp_path / INDEX).exists()
 
@@ -39,7 +37,7 @@ def test_one_file_has_no_index(tmp_path):
 def test_tied_tensors_are_written_under_both_names(tmp_path):
     shared = torch.arange(3.0)
     state = {"a": shared, "b": shared}
-    write_sharded(tmp_path, state.items(), sizes(state), max_bytes=1)
+    write_sharded(tmp_path, state.items(), state, max_bytes=1)
     read = ShardedStateDict(tmp_path)
     assert torch.equal(read["b"], shared)
 
@@ -50,7 +48,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="max_bytes must be at least 1"):
         write_sharded(tmp_path, [], {}, max_bytes=0)
     base, _ = models(1)
-    write_sharded(tmp_path, base.items(), sizes(base), max_bytes=500)
+    write_sharded(tmp_path, base.items(), base, max_bytes=500)
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(index))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
@@ -100,7 +101,8 @@ class Search:
         """What was found, once it is certain."""
         self._share, self._kept = kept / max(size, 1), kept
         self._low, self._high = -1.0 if kept else float("inf"), float("inf")
-        self._seen: dict[int, _Around] = {}
+        self._seen: dict[int, _Seen] = {}
+        self._inside, self._used, self._lock = torch.empty(0), 0, Lock()
 
     def take(self, sample: Iterable[Tensor]) -> None:
         """Bracket the threshold by every ``stride``-th entry, or about as many, in any order."""
@@ -112,8 +114,21 @@ class Search:
         above, at_high, inside, at_low = zip(*parts, strict=True)
         # where both ends are one value, its entries count once
         least = sum(at_low) if self._low < self._high else 0
-        values = inside[0] if len(inside) == 1 else torch.cat(inside)
-        self._seen[index] = _Around(sum(above), sum(at_high), values, least)
+        with self._lock:
+            place = slice(self._used, self._used + sum(map(len, inside)))
+            self._used = place.stop
+            self._grow(inside[0])
+            torch.cat(inside, out=self._inside[place])
+        self._seen[index] = _Seen(sum(above), sum(at_high), place, least)
+
+    def _grow(self, like: Tensor) -> None:
+        # one buffer: many small tensors that stay would lie between those that come and go, and
+        # the process would keep the memory of both
+        dtype = torch.promote_types(self._inside.dtype, like.dtype)
+        if self._used > len(self._inside) or self._inside.dtype != dtype:
+            larger = like.new_empty(max(2 * self._used, SMALL), dtype=dtype)
+            larger[: len(self._inside)] = self._inside
+            self._inside = larger
 
     def conclude(self) -> None:
         """After a look at every chunk: set ``cut``, or widen the bracket for another look.
@@ -122,9 +137,10 @@ class Search:
             ValueError: If an entry is not a number.
         """
         seen = [self._seen[index] for index in sorted(self._seen)]
-        self._seen = {}
+        inside = self._inside[: self._used]
+        self._seen, self._inside, self._used = {}, torch.empty(0), 0
         above = sum(part.above for part in seen)
-        total = above + sum(part.at_high + len(part.inside) + part.at_low for part in seen)
+        total = above + len(inside) + sum(part.at_high + part.at_low for part in seen)
         if self._kept == 0:
             self.cut = Cut(self._high, (0,) * len(seen), tuple(part.at_high for part in seen))
         elif above >= self._kept:
@@ -134,7 +150,7 @@ class Search:
         elif total < self._kept:
             raise ValueError("the vector holds entries that are not a number.")
         else:
-            self.cut = _cut(seen, self._low, self._high, self._kept - above)
+            self.cut = _cut(seen, inside, self._low, self._high, self._kept - above)
 
 
 class _Around(NamedTuple):
@@ -146,6 +162,15 @@ class _Around(NamedTuple):
     above: int
     at_high: int
     inside: Tensor
+    at_low: int
+
+
+class _Seen(NamedTuple):
+    """How a chunk lies around a bracket, and where in the buffer is what it has inside."""
+
+    above: int
+    at_high: int
+    place: slice
     at_low: int
 
 
@@ -165,18 +190,17 @@ def _around(magnitudes: Tensor, low: float, high: float) -> _Around:
     return _Around(int(np.count_nonzero(above)), at_high, torch.from_numpy(within), at_low)
 
 
-def _cut(seen: Sequence[_Around], low: float, high: float, remaining: int) -> Cut:
+def _cut(seen: Sequence[_Seen], candidates: Tensor, low: float, high: float, remaining: int) -> Cut:
     """The cut below the entries above the bracket, of which ``remaining`` more are kept."""
     at_high, at_low = [part.at_high for part in seen], [part.at_low for part in seen]
     if remaining <= sum(at_high):
         return Cut(high, _first(remaining, at_high), tuple(at_high))
     remaining -= sum(at_high)
-    candidates = torch.cat([part.inside for part in seen])
     if remaining > len(candidates):
         return Cut(low, _first(remaining - len(candidates), at_low), tuple(at_low))
     threshold = candidates.kthvalue(len(candidates) - remaining + 1).values
     remaining -= int((candidates > threshold).sum())
-    tied = tuple(int((part.inside == threshold).sum()) for part in seen)
+    tied = tuple(int((candidates[part.place] == threshold).sum()) for part in seen)
     return Cut(float(threshold), _first(remaining, tied), tied)
 
 

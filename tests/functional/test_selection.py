@@ -85,3 +85,13 @@ def test_num_kept(density, size):
     assert (kept == 0) == (size == 0)
     assert size == 0 or abs(kept - density * size) <= 1
     assert num_kept(1.0, size) == size
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_chunks_of_two_dtypes_are_compared_in_the_wider_one(order):
+    # in float32 the two largest would be one
+    wide = torch.tensor([1.0, 1.0 + 1e-12, 1.0 + 2e-12, 0.0], dtype=torch.float64)
+    chunks = [wide, torch.tensor([0.5, 1.0])][::order]
+    cut = largest(lambda: chunks, 6, 1)
+    assert cut.threshold == 1.0 + 2e-12
+    assert sum(cut.ties) == 1

@@ -3,9 +3,10 @@
 python -m benchmarks.memory [--gigabytes 2] [--limit 1.5] [--experts 8] [--folder .]
 
 The experts are two files that take turns, so that the disk holds three models, not nine; the merge
-reads all of them. Writes docs/results/methods_memory.md. Each method runs in a process of its own, which a thread watches: it ends the
+reads all of them. Each method runs in a process of its own, which a thread watches: it ends the
 process where its anonymous memory passes the limit. (A limit of the system on the data segment
-would count the mapped files too, since they are mapped privately.)
+would count the mapped files too, since they are mapped privately.) Writes
+docs/results/methods_memory.md.
 """
 
 import argparse

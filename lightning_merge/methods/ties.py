@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -28,8 +28,27 @@ from lightning_merge.functional.ties import (
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_density, check_scale
 from lightning_merge.methods.rules import coefficients_of
-from lightning_merge.methods.walk import BlockMerge, InOrder, map_blocks
+from lightning_merge.methods.walk import BlockMerge, map_blocks
 from lightning_merge.states import StateDict, shape_of
+
+
+class _Cut(NamedTuple):
+    """What one expert keeps of one parameter."""
+
+    threshold: float
+    below: float
+    """The next smaller number, above which lie all entries that tie as well."""
+    ties: tuple[int, ...]
+    """How many of the entries at the threshold are kept, in every chunk."""
+    tied: tuple[int, ...]
+    """And how many there are."""
+
+    def within(self, start: int = 0, size: int | None = None) -> tuple[float, int]:
+        """Threshold and ties to keep in a part that starts and ends with chunks, or in all."""
+        part = slice(start // CHUNK, None if size is None else math.ceil((start + size) / CHUNK))
+        ties, tied = sum(self.ties[part]), sum(self.tied[part])
+        # none to count where all are kept, as in nearly every part
+        return (self.below, 0) if ties and ties == tied else (self.threshold, ties)
 
 
 @final
@@ -81,9 +100,7 @@ class TIES(WeightMethod):
         majority = cache(lambda: model.majority_sign(scope, cuts))
         return self._merger_of(cuts[name], majority)
 
-    def _merger_of(
-        self, cuts: Sequence[tuple[float, int]], majority: Callable[[], float]
-    ) -> BlockMerge:
+    def _merger_of(self, cuts: Sequence[_Cut], majority: Callable[[], float]) -> BlockMerge:
         return _blockwise(cuts, partial(self._merge_trimmed, majority))
 
     def _merge_trimmed(
@@ -93,16 +110,14 @@ class TIES(WeightMethod):
         return add_update(base, update, self.scale)
 
 
-def _blockwise(
-    cuts: Sequence[tuple[float, int]], merge: Callable[[Tensor, Tensor], Tensor]
-) -> BlockMerge:
-    """Merge trimmed blocks; in order where some of the entries that tie are kept, some not."""
-    trim = _Trim(cuts)
+def _blockwise(cuts: Sequence[_Cut], merge: Callable[[Tensor, Tensor], Tensor]) -> BlockMerge:
+    """Merge trimmed blocks."""
 
     def merge_block(name: str, start: int, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
         merged = torch.empty_like(base)
         if not len(base):
             return merged
+        trim = _Trim([cut.within(start, len(base)) for cut in cuts])
         space = trim.space(base, rows)
         # split once: a slice costs as much as an operation on a small block
         pieces = zip(*(whole.split(BLOCK) for whole in (merged, base, *rows)), strict=True)
@@ -110,11 +125,11 @@ def _blockwise(
             out.copy_(merge(origin, trim(origin, parts, space)))
         return merged
 
-    return InOrder(merge_block) if any(trim.ties) else merge_block
+    return merge_block
 
 
 class _Trim:
-    """Trims one parameter block by block, and keeps count of the ties still to keep."""
+    """Trims one part of a parameter block by block, and keeps count of the ties still to keep."""
 
     def __init__(self, cuts: Sequence[tuple[float, int]]) -> None:
         self.thresholds = [threshold for threshold, _ in cuts]
@@ -156,7 +171,7 @@ class _Model:
     base: StateDict
     experts: Mapping[str, StateDict]
 
-    def cuts(self, names: list[str]) -> dict[str, list[tuple[float, int]]]:
+    def cuts(self, names: list[str]) -> dict[str, list[_Cut]]:
         """Threshold and ties to keep of every expert, in each of the parameters of one scope."""
         size = sum(math.prod(shape_of(self.base, name)) for name in names)
         kept = num_kept(self.method.density, size, self.method.count)
@@ -173,16 +188,14 @@ class _Model:
             for search in open_ones.values():
                 search.conclude()
         found = [search.cut for search in searches if search.cut]
-        cuts: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+        cuts: dict[str, list[_Cut]] = {name: [] for name in names}
         for task, cut in zip(tasks, found, strict=True):
             start = 0
             for name in names:
                 stop = start + math.ceil(math.prod(shape_of(self.base, name)) / CHUNK)
-                ties, tied = sum(cut.ties[start:stop]), sum(cut.tied[start:stop])
-                if ties and ties == tied:
-                    cuts[name].append((self._below(cut.threshold, name, task), 0))
-                else:
-                    cuts[name].append((cut.threshold, ties))
+                ties, tied = cut.ties[start:stop], cut.tied[start:stop]
+                below = self._below(cut.threshold, name, task) if any(ties) else cut.threshold
+                cuts[name].append(_Cut(cut.threshold, below, ties, tied))
                 start = stop
         return cuts
 
@@ -192,9 +205,7 @@ class _Model:
         value = read(slice(1))
         return float(torch.nextafter(torch.full_like(value, threshold), torch.zeros_like(value)))
 
-    def majority_sign(
-        self, names: list[str], cuts: Mapping[str, Sequence[tuple[float, int]]]
-    ) -> float:
+    def majority_sign(self, names: list[str], cuts: Mapping[str, Sequence[_Cut]]) -> float:
         """Sign of most entries of the scope: a pass of its own, asked for only where needed."""
         total = 0.0
         for name in names:
@@ -256,7 +267,7 @@ def agreeing_task_vectors(
     majority = model.majority_sign(names, cuts)
     for name in names:
         rows = [expert[name].detach().reshape(-1) for expert in experts.values()]
-        trimmed = _Trim(cuts[name])(base[name].detach().reshape(-1), rows)
+        trimmed = _Trim([cut.within() for cut in cuts[name]])(base[name].detach().reshape(-1), rows)
         signs = elect(trimmed)
         cancelled = (signs == 0) & (trimmed != 0).any(0)
         yield name, agreeing(trimmed, torch.where(cancelled, majority, signs))

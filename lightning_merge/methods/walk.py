@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias, final, overload
 
 import torch
@@ -17,19 +16,7 @@ BLOCK = 1 << 17
 
 BlockMerge: TypeAlias = Callable[[str, int, Tensor, Sequence[Tensor]], Tensor]
 """Merges a flat block: the parameter's name, the block's first entry, the base ``(n,)``, and the
-block of each expert. Called from several threads, unless it is :class:`InOrder`."""
-
-
-@final
-@dataclass(frozen=True)
-class InOrder:
-    """A block merge that must see the blocks of a parameter one after the other."""
-
-    merge: BlockMerge
-
-    def __call__(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        """What the wrapped merge gives."""
-        return self.merge(name, start, base, experts)
+block of each expert. Called from several threads."""
 
 
 RowMerge: TypeAlias = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
@@ -121,7 +108,7 @@ def map_blocks(
     """Apply an element-wise merge block by block: nothing is copied, intermediates stay in cache.
 
     Args:
-        function: Called for every block; in flat order if it is :class:`InOrder`.
+        function: Called for every block, in any order.
         name: The parameter.
         base: Its pre-trained value, of any shape.
         experts: State dicts of the experts.
@@ -149,7 +136,7 @@ def map_blocks(
             _check_each(name, base, values, experts)
 
     starts = range(0, len(flat_base), BLOCK)
-    if isinstance(function, InOrder) or base.device.type != "cpu":
+    if base.device.type != "cpu":
         for start in starts:
             merge_block(start)
     else:

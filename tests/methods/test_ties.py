@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_merge.methods import TIES, Average
+from lightning_merge.functional.ties import sign_consensus
+from lightning_merge.methods import TIES, Average, walk
 from tests.methods.models import flat, flat_task_vectors, model_sets, models
 
 DENSITIES = st.sampled_from([0.05, 0.2, 0.5, 0.77, 1.0])
@@ -164,3 +165,19 @@ def test_order_of_parameters_does_not_decide_ties():
     back = TIES(density=0.5).merge(dict(reversed(base.items())), {"x": expert})
     assert forth["a"].tolist() == back["a"].tolist() == [1.0, 1.0, 1.0]
     assert forth["b"].tolist() == back["b"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_ties_for_the_last_place_within_many_blocks():
+    # few magnitudes, so that thousands tie and the last that stays lies in the midst of a block
+    generator = torch.Generator().manual_seed(0)
+    size = 3 * walk.BLOCK + 1234
+    rows = torch.randint(-3, 4, (2, size), generator=generator).float()
+    merged = TIES(density=0.5, scale=1.0).merge(
+        {"w": torch.zeros(size)}, {str(t): {"w": row.clone()} for t, row in enumerate(rows)}
+    )["w"]
+    order = np.argsort(-rows.abs().numpy(), axis=1, kind="stable")[:, : round(0.5 * size)]
+    kept = np.zeros(rows.shape, np.float32)
+    np.put_along_axis(kept, order, 1.0, axis=1)
+    expected = sign_consensus(rows * torch.from_numpy(kept))
+    assert torch.equal(merged, expected)
+    assert (rows.abs() == 2).sum(1).min() > 4 * walk.BLOCK // 5

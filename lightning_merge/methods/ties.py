@@ -118,7 +118,7 @@ def _blockwise(cuts: Sequence[_Cut], merge: Callable[[Tensor, Tensor], Tensor]) 
         if not len(base):
             return merged
         trim = _Trim([cut.within(start, len(base)) for cut in cuts])
-        space = trim.space(base, rows)
+        space = trim.space(base[:BLOCK], rows)
         # split once: a slice costs as much as an operation on a small block
         pieces = zip(*(whole.split(BLOCK) for whole in (merged, base, *rows)), strict=True)
         for out, origin, *parts in pieces:
@@ -136,9 +136,9 @@ class _Trim:
         self.ties = [ties for _, ties in cuts]
 
     def space(self, base: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Room for the trimmed blocks of at most ``BLOCK`` entries, to be used again."""
+        """Room for the trimmed entries of all rows, to be used again."""
         wide = torch.promote_types(torch.promote_types(base.dtype, rows[0].dtype), torch.float32)
-        stack = base.new_empty((len(rows), min(BLOCK, len(base))), dtype=wide)
+        stack = base.new_empty((len(rows), len(base)), dtype=wide)
         return (stack, *stack)
 
     def __call__(

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_merge.functional.ties import sign_consensus
+from lightning_merge.functional.ties import BLOCK, sign_consensus
 from lightning_merge.methods import TIES, Average, walk
+from lightning_merge.methods.ties import agreeing_task_vectors
 from tests.methods.models import flat, flat_task_vectors, model_sets, models
 
 DENSITIES = st.sampled_from([0.05, 0.2, 0.5, 0.77, 1.0])
@@ -181,3 +182,14 @@ def test_ties_for_the_last_place_within_many_blocks():
     expected = sign_consensus(rows * torch.from_numpy(kept))
     assert torch.equal(merged, expected)
     assert (rows.abs() == 2).sum(1).min() > 4 * walk.BLOCK // 5
+
+
+def test_agreeing_task_vectors_of_a_parameter_longer_than_a_block():
+    generator = torch.Generator().manual_seed(0)
+    size = BLOCK + 2048
+    base = {"w": torch.randn(size, generator=generator)}
+    experts = {t: {"w": base["w"] + torch.randn(size, generator=generator)} for t in "abc"}
+    found = dict(agreeing_task_vectors(TIES(density=0.3), base, experts))["w"]
+    merged = TIES(density=0.3).merge(base, experts)["w"] - base["w"]
+    mean = found.sum(0) / (found != 0).sum(0).clamp_min(1)
+    torch.testing.assert_close(mean, merged, atol=1e-6, rtol=1e-5)

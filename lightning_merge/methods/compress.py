@@ -1,6 +1,5 @@
 """TSVCompress: all experts as low-rank updates in one file, any of them rebuilt on demand."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +8,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_merge.files import write_tensors
 from lightning_merge.functional.spectral import leading_triplets
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.matrices import Convolutions, is_matrix
-from lightning_merge.states import LazyStateDict, StateDict, check_compatible, check_finite
-
-FORMAT = "lightning-merge compressed experts 1"
+from lightning_merge.methods.stored import StoredExperts
+from lightning_merge.states import StateDict, check_compatible, check_finite
 
 
 @final
@@ -53,8 +50,7 @@ class TSVCompress:
                 check_finite(name, f"expert '{task}'", expert[name])
                 parts = self._parts(base[name].detach(), expert[name].detach(), len(experts))
                 tensors |= {f"{index}/{part}/{name}": value for part, value in parts.items()}
-        metadata = {"format": FORMAT, "tasks": json.dumps(list(experts))}
-        write_tensors(path, tensors, metadata)
+        CompressedExperts.write(path, tensors, experts)
         return CompressedExperts(path)
 
     def _parts(self, base: Tensor, expert: Tensor, num_experts: int) -> dict[str, Tensor]:
@@ -70,34 +66,15 @@ class TSVCompress:
 
 
 @final
-class CompressedExperts:
+class CompressedExperts(StoredExperts):
     """A file that :class:`TSVCompress` wrote.
 
-    Args:
-        path: The file; a foreign or damaged one is a ``ValueError`` that names it.
+    The squared error of a matrix is the sum of the squares of the singular values that were left
+    out (Eckart and Young), up to rounding.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._file = LazyStateDict(path)
-        if self._file.metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} holds no compressed experts of this format. Write it with TSVCompress."
-            )
-        self.tasks: tuple[str, ...] = tuple(json.loads(self._file.metadata["tasks"]))
-
-    def expert(self, task: str, base: StateDict) -> dict[str, Tensor]:
-        """Rebuild one expert, with the keys, shapes and dtypes of the base it came from.
-
-        The squared error of a matrix is the sum of the squares of the singular values that were
-        left out (Eckart and Young), up to rounding.
-
-        Raises:
-            ValueError: If the task is unknown, or the base has parameters the file does not know.
-        """
-        if task not in self.tasks:
-            raise ValueError(f"no expert '{task}'; the file holds {', '.join(self.tasks)}.")
-        index = self.tasks.index(task)
-        return {name: self._rebuild(index, name, base[name].detach()) for name in base}
+    KIND = "compressed experts"
+    WRITER = "TSVCompress"
 
     def _rebuild(self, index: int, name: str, base: Tensor) -> Tensor:
         if f"{index}/whole/{name}" in self._file:

@@ -1,6 +1,5 @@
 """TALLCompress: all experts as one vector and a mask each, any of them rebuilt on demand."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,19 +9,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_merge.files import write_tensors
 from lightning_merge.functional.tall import pack_mask, tall_masks, unpack_mask
 from lightning_merge.functional.task_arithmetic import task_vectors_of
+from lightning_merge.methods.stored import StoredExperts
 from lightning_merge.methods.walk import stack_parameter
 from lightning_merge.states import (
     STATISTIC_SUFFIXES,
-    LazyStateDict,
     StateDict,
     check_compatible,
     kind_of,
 )
-
-FORMAT = "lightning-merge masked experts 1"
 
 
 @final
@@ -76,42 +72,20 @@ class TALLCompress:
             tensors[f"sum/{name}"] = total
             masks = tall_masks(vectors, total, kappa)
             tensors |= {f"{i}/mask/{name}": pack_mask(mask) for i, mask in enumerate(masks)}
-        write_tensors(path, tensors, {"format": FORMAT, "tasks": json.dumps(list(experts))})
+        MaskedExperts.write(path, tensors, experts)
         return MaskedExperts(path)
 
 
 @final
-class MaskedExperts:
-    """A file that :class:`TALLCompress` wrote.
+class MaskedExperts(StoredExperts):
+    r"""A file that :class:`TALLCompress` wrote: :math:`\theta_0 + m_t \circ \sum_s \tau_s`."""
 
-    Args:
-        path: The file; a foreign or damaged one is a ``ValueError`` that names it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self._file = LazyStateDict(path)
-        if self._file.metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} holds no masked experts of this format. Write it with TALLCompress."
-            )
-        self.tasks: tuple[str, ...] = tuple(json.loads(self._file.metadata["tasks"]))
-
-    def expert(self, task: str, base: StateDict) -> dict[str, Tensor]:
-        r"""Rebuild one expert: :math:`\theta_0 + m_t \circ \sum_s \tau_s`.
-
-        With the keys, shapes and dtypes of the base it came from.
-
-        Raises:
-            ValueError: If the task is unknown, or the base is not the one of the file.
-        """
-        if task not in self.tasks:
-            raise ValueError(f"no expert '{task}'; the file holds {', '.join(self.tasks)}.")
-        index = self.tasks.index(task)
-        return {name: self._rebuild(index, name, base[name].detach()) for name in base}
+    KIND = "masked experts"
+    WRITER = "TALLCompress"
 
     def density(self, task: str) -> float:
         """Share of the vector's entries that the task's mask keeps."""
-        index = self.tasks.index(task)
+        index = self.index(task)
         kept = size = 0
         for key in self._file:
             if key.startswith("sum/"):

@@ -3,32 +3,24 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from lightning_merge.functional.lora import lora_factors, sum_of_products
-from lightning_merge.functional.task_arithmetic import add_update, summed
+from lightning_merge.functional.task_arithmetic import summed
 from lightning_merge.functional.tsv import energy_rank, merge_factors, tsv_merge
 from lightning_merge.methods.base import WeightMethod
-from lightning_merge.methods.checks import check_range, check_scale
-from lightning_merge.methods.low_rank import merge_low_rank_matrices
-from lightning_merge.methods.matrices import (
-    Convolutions,
-    check_split,
-    is_matrix,
-    merge_matrices,
-    parts_of,
-    warn_of_small,
-)
-from lightning_merge.methods.walk import RowMerge
+from lightning_merge.methods.checks import check_range
+from lightning_merge.methods.matrices import is_matrix, parts_of, warn_of_small
+from lightning_merge.methods.matrix_method import MatrixMethod
 from lightning_merge.states import StateDict, shape_of
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TSVMerge(WeightMethod):
+class TSVMerge(MatrixMethod):
     """Merges task singular vectors: low-rank updates whose directions are made orthogonal."""
 
     scale: float = 1.0
@@ -43,12 +35,6 @@ class TSVMerge(WeightMethod):
     energy: float = 1.0
     """Keep fewer where this share of a task vector's squared norm is reached, in (0, 1]."""
 
-    convolutions: Convolutions = "mean"
-    """Average convolution kernels (the paper), or merge them as matrices (out, in * kh * kw)."""
-
-    split: dict[str, int] = field(default_factory=dict)
-    """Parts of fused matrices by pattern of names, such as 3 for '*.qkv.weight'."""
-
     rank_tol: float = 1e-5
     """Directions below this fraction of a task vector's largest singular value are noise."""
 
@@ -59,8 +45,7 @@ class TSVMerge(WeightMethod):
     """Softens the whitening of near-duplicate tasks; 0 is the paper's."""
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_split(self.split)
+        super().__post_init__()
         if self.rank is not None and self.rank_fraction is not None:
             raise ValueError("give rank or rank_fraction, not both.")
         if self.rank is not None and self.rank < 1:
@@ -95,41 +80,8 @@ class TSVMerge(WeightMethod):
         small = self._smaller_side(name, shape) if is_matrix(shape, self.convolutions) else 0
         return self.rank_of(small, num_experts) == 0
 
-    def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
-        """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return self._merge_rows(name, base, experts)
-
-    def row_merge(self, name: str) -> RowMerge:
-        """One task vector at a time; see ``WeightMethod.row_merge``."""
-        return self._merge_rows
-
-    def _merge_rows(self, name: str, base: Tensor, experts: Sequence[Tensor] | Tensor) -> Tensor:
-        return merge_matrices(
-            base,
-            experts,
-            self._merge_matrix,
-            name=name,
-            scale=self.scale,
-            convolutions=self.convolutions,
-            split=self.split,
-        )
-
-    def merge_low_rank(
-        self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
-    ) -> Tensor | None:
-        """Triplets by the QR route; see ``WeightMethod.merge_low_rank``."""
-        update = merge_low_rank_matrices(
-            ups,
-            downs,
-            self._merge_factors,
-            name=name,
-            shape=tuple(base.shape),
-            convolutions=self.convolutions,
-            split=self.split,
-        )
-        return None if update is None else add_update(base, update, self.scale)
-
-    def _merge_factors(self, ups: Sequence[Tensor], downs: Sequence[Tensor]) -> Tensor:
+    def merge_factors(self, ups: Sequence[Tensor], downs: Sequence[Tensor]) -> Tensor:
+        """Triplets by the QR route."""
         size = min(len(ups[0]), downs[0].shape[1])
         rank = self.rank_of(size, len(ups))
         if rank == 0:
@@ -144,7 +96,8 @@ class TSVMerge(WeightMethod):
             factors.append(whole.truncated(min(rank, kept)))
         return merge_factors(factors, rcond=self.rcond, shrinkage=self.shrinkage)
 
-    def _merge_matrix(self, task_vectors: Sequence[Tensor]) -> Tensor:
+    def merge_matrix(self, task_vectors: Sequence[Tensor]) -> Tensor:
+        """As in ``MatrixMethod.merge_matrix``."""
         rank = self.rank_of(min(task_vectors[0].shape), len(task_vectors))
         if rank == 0:
             return summed(task_vectors) / len(task_vectors)

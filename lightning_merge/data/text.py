@@ -8,7 +8,6 @@ import datasets
 from torch import Tensor
 
 from lightning_merge.data.columns import ColumnTask
-from lightning_merge.data.sources import Kind
 from lightning_merge.packages import package_path
 
 
@@ -16,27 +15,13 @@ class TextTask(ColumnTask):
     """Text classification on a Hugging Face data set: from the Hub, or from files.
 
     Inputs are ``{"input_ids": (max_length,), "attention_mask": (max_length,)}``, int64, as
-    transformers take them. Splits that are not named are held out as in ImageTask. Nothing is
-    read before a split is asked for.
+    transformers take them.
 
     Args:
         path: Name on the Hub, parquet file or folder of them, or a folder of save_to_disk.
         tokenizer: From a text to its tokens; see Tokens.
-        train_split: Split to fine-tune on; slices work everywhere, as in 'train[:80%]'.
-        validation_split: Split to choose a checkpoint on. None: held out of the training split.
-        test_split: Split to report on.
-        calibration_split: Split of unlabeled inputs for statistics; its labels are never read.
-            None: held out of the training split.
-        validation_size: How much to hold out: a fraction below 1, or a number of texts.
-        calibration_size: The same for calibration.
         text: Column of texts.
-        label: Column of labels: class labels, integers from 0, or strings.
-        num_classes: Number of classes. None: from the class names of the label column, or else
-            from the labels of the training split.
-        kind: What ``path`` is; 'auto' finds out.
-        name: Configuration of a data set on the Hub.
-        revision: Commit, tag or branch of a data set on the Hub.
-        seed: Seed of what is held out.
+        options: Splits, labels and the rest, as ColumnTask takes them.
     """
 
     _unit = "texts"
@@ -46,36 +31,10 @@ class TextTask(ColumnTask):
         self,
         path: str,
         tokenizer: Callable[[str], Any],
-        train_split: str = "train",
-        validation_split: str | None = None,
-        test_split: str = "test",
-        calibration_split: str | None = None,
-        validation_size: int | float = 0.1,
-        calibration_size: int | float = 0.1,
         text: str = "text",
-        label: str = "label",
-        num_classes: int | None = None,
-        kind: Kind = "auto",
-        name: str | None = None,
-        revision: str | None = None,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            path,
-            column=text,
-            label=label,
-            train_split=train_split,
-            validation_split=validation_split,
-            test_split=test_split,
-            calibration_split=calibration_split,
-            validation_size=validation_size,
-            calibration_size=calibration_size,
-            num_classes=num_classes,
-            kind=kind,
-            name=name,
-            revision=revision,
-            seed=seed,
-        )
+        super().__init__(path, column=text, **options)
         self.tokenizer = tokenizer
 
     def _prepared(self, *, train: bool) -> Callable[[Any], Any]:

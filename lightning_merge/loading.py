@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from lightning_merge.backbones import read_backbone
-from lightning_merge.files import read_json
-from lightning_merge.merged import FORMAT, MANIFEST, VERSION, MergedModel
+from lightning_merge.merged import MergedModel
+from lightning_merge.merged_folder import read_manifest
 from lightning_merge.networks import named_state, plain_copy
 from lightning_merge.pool import ExpertPool
 
@@ -50,12 +50,11 @@ def pool_of(merged: str, model: MergedModel, pool: str | None) -> ExpertPool:
 
 def load_merged(folder: str, model: nn.Module | None) -> MergedModel:
     """A merged model; where it does not know its network, with the one in a given module."""
-    known = read_json(Path(folder) / MANIFEST, FORMAT, VERSION)["model"] is not None
-    if model is None or known:
+    manifest = read_manifest(folder)
+    if model is None or manifest["model"] is not None:
         return MergedModel.load(folder)
-    head = read_json(Path(folder) / MANIFEST, FORMAT, VERSION)["head"]
     names = read_backbone(Path(folder))
-    return MergedModel.load(folder, module=network_within(model, names, head))
+    return MergedModel.load(folder, module=network_within(model, names, manifest["head"]))
 
 
 def example_inputs(model: MergedModel, task: str | None) -> Any:

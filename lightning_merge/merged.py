@@ -7,27 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 
-from lightning_merge.backbones import SHARD_SIZE, read_backbone, write_backbone
+from lightning_merge.backbones import SHARD_SIZE, read_backbone
 from lightning_merge.calibrating import correction_statistics
 from lightning_merge.calibration import CalibrationInputs
-from lightning_merge.card import model_card
 from lightning_merge.correction import (
     ClosedFormCorrection,
     CorrectionOptions,
     CorrectionStatistics,
 )
 from lightning_merge.exporting import Format, write_network, write_timm
-from lightning_merge.files import (
-    read_json,
-    replacing,
-    replacing_folder,
-    write_json,
-    write_tensors,
-)
 from lightning_merge.hub import fetch_folder, push_folder
+from lightning_merge.merged_folder import (
+    CORRECTION,
+    FORMAT,
+    HEADS,
+    VERSION,
+    read_manifest,
+    read_part,
+    write_merged,
+)
 from lightning_merge.networks import (
     build_head,
     first_linear,
@@ -39,12 +39,7 @@ from lightning_merge.networks import (
 )
 from lightning_merge.pool import build_network
 from lightning_merge.runtime import Runtime
-from lightning_merge.states import LazyStateDict
 from lightning_merge.steered import SteeredModel, folded_head
-
-FORMAT = "merged model"
-VERSION = 1
-MANIFEST, CARD = "merged.json", "README.md"
 
 
 @dataclass(kw_only=True)
@@ -262,36 +257,16 @@ class MergedModel:
         Raises:
             OSError: If the disk is full or the folder cannot be written to.
         """
-        backbone, _ = split_state(self.network, self.head)
-        seen: set[int] = set()
-        stored = {}
-        for name, value in backbone.items():
-            if not value.numel() or value.data_ptr() not in seen:
-                stored[name] = value
-            seen.add(value.data_ptr())
-        manifest = self._manifest()
-        with replacing_folder(path) as folder:
-            write_backbone(folder, stored, shard_size)
-            write_tensors(
-                folder / "heads.safetensors",
-                {
-                    f"{task}/{name}": value
-                    for task, head in self.heads.items()
-                    for name, value in head.state_dict().items()
-                },
-            )
-            write_tensors(
-                folder / "correction.safetensors",
-                {
-                    f"{task}/{name}": value
-                    for task, statistics in self.statistics.items()
-                    for name, value in statistics.tensors().items()
-                },
-            )
-            for name, content in (pictures or {}).items():
-                (folder / name).write_bytes(content)
-            write_card(folder, manifest)
-            write_json(folder / MANIFEST, manifest)
+        heads = {task: head.state_dict() for task, head in self.heads.items()}
+        sums = {task: statistics.tensors() for task, statistics in self.statistics.items()}
+        write_merged(
+            path,
+            self._manifest(),
+            split_state(self.network, self.head)[0],
+            {HEADS: heads, CORRECTION: sums},
+            shard_size=shard_size,
+            pictures=pictures or {},
+        )
 
     @classmethod
     def load(cls, path: str | Path, module: nn.Module | None = None) -> "MergedModel":
@@ -307,7 +282,7 @@ class MergedModel:
                 network cannot be built.
         """
         path = Path(path)
-        manifest = read_json(path / MANIFEST, FORMAT, VERSION)
+        manifest = read_manifest(path)
         if module is None and manifest["model"] is None:
             raise ValueError(
                 f"{path} does not know how to build its network: pass the module, as in "
@@ -316,9 +291,9 @@ class MergedModel:
         network = build_network(manifest["model"]) if module is None else plain_copy(module)
         head = manifest["head"]
         load_backbone(network, read_backbone(path), head)
-        states = _by_task(LazyStateDict(path / "heads.safetensors"), manifest["tasks"])
+        states = read_part(path / HEADS, manifest["tasks"])
         template = get_submodule(network, head)
-        sums = _by_task(LazyStateDict(path / "correction.safetensors"), manifest["tasks"])
+        sums = read_part(path / CORRECTION, manifest["tasks"])
         return cls(
             network=network.eval(),
             head=head,
@@ -419,38 +394,3 @@ class MergedModel:
         if task not in self.heads:
             raise KeyError(f"unknown task '{task}'; known: {', '.join(self.tasks)}.")
         return task
-
-
-def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the model card beside a manifest; it shows the pictures that lie there."""
-    pictures = sorted(path.name for path in folder.glob("*.png"))
-    with replacing(folder / CARD) as temporary:
-        temporary.write_text(model_card(manifest, pictures), encoding="utf-8")
-
-
-def record_scores(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Put the scores of a sweep into a merged model's manifest and card.
-
-    Args:
-        path: Its folder.
-        summary: What ``summary.json`` holds.
-
-    Raises:
-        ValueError: If the folder is no merged model.
-        OSError: If it cannot be written to.
-    """
-    folder = Path(path)
-    manifest = read_json(folder / MANIFEST, FORMAT, VERSION)
-    scores = {name: summary[name] for name in ("tasks", "metric", "rows")}
-    manifest["record"] = {**manifest["record"], "scores": scores}
-    write_card(folder, manifest)
-    write_json(folder / MANIFEST, manifest)
-
-
-def _by_task(state: LazyStateDict, tasks: list[str]) -> dict[str, dict[str, Tensor]]:
-    split: dict[str, dict[str, Tensor]] = {task: {} for task in tasks}
-    with torch.no_grad():
-        for key in state:
-            task, _, name = key.partition("/")
-            split[task][name] = state[key]
-    return split

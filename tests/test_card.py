@@ -6,7 +6,7 @@ import yaml
 
 from lightning_merge import merge_experts
 from lightning_merge.card import model_card
-from lightning_merge.merged import record_scores
+from lightning_merge.merged_folder import record_scores
 from lightning_merge.methods import TIES
 from tests.networks import make, tuned
 

@@ -181,10 +181,10 @@ def test_a_killed_save_leaves_the_old_model(tmp_path, model):
     script = textwrap.dedent(
         f"""
         import os, signal, torch
-        from lightning_merge import MergedModel, files, merged
+        from lightning_merge import MergedModel, merged_folder
         from tests.networks import MLP
         model = MergedModel.load({str(tmp_path / "merged")!r}, module=MLP())
-        merged.write_json = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        merged_folder.write_json = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         model.save({str(tmp_path / "merged")!r})
         """
     )

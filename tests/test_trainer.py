@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_merge import ExpertPool, MergedModel, merge_experts
+from lightning_merge.loading import network_within
 from lightning_merge.methods import TaskArithmetic
 from lightning_merge.networks import split_state
-from lightning_merge.trainer import MergeTrainer, network_within
+from lightning_merge.trainer import MergeTrainer
 from tests.callbacks.project import Classifier, Net, WithTeacher, samples
 from tests.distributed.suite import Suite
 from tests.networks import tuned

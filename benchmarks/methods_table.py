@@ -1,211 +1,266 @@
-"""Every merging method, without and with corrections, on small experts: the numbers of the pages.
+"""Every method on experts that were trained: uncorrected, and under three corrections.
 
-``python -m benchmarks.methods_table [--suites NAME ...] [--seeds N ...] [--no-pages]``
+``python -m benchmarks.methods_table [--suites NAME ...] [--seeds N ...] [--methods NAME ...]``
 """
 
-import argparse
-import math
 import re
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from benchmarks.features import Merge, References, backbone, merge, references
-from benchmarks.results import mean_and_spread, table, write
-from benchmarks.suites import SUITES, Experts, build
+from benchmarks.results import mean_and_spread, run, spent, table, write
+from benchmarks.suites import ROOT, Experts, build
 from lightning_merge.correction import CorrectionOptions
 from lightning_merge.methods import (
     DARE,
     DELLA,
     TIES,
+    AdaMerging,
     Average,
     Breadcrumbs,
     Consensus,
+    Fisher,
+    GreedySoup,
     IsoC,
     IsoCTS,
     MergeMethod,
     ModelStock,
+    OutputProjection,
+    RegMean,
     Slerp,
     TaskArithmetic,
     TSVMerge,
 )
 
-DEFAULT = ("glyphs-convnext", "glyphs-vit")
-LIMIT = 500
-"""Calibration samples of each task."""
 PAGES = Path("docs/methods")
 BEGIN, END = "<!-- numbers: benchmarks/methods_table.py -->", "<!-- end of numbers -->"
-
-CORRECTIONS = {
-    "paper": CorrectionOptions.paper(),
-    "representation": CorrectionOptions(metric="representation"),
-    "default": CorrectionOptions(),
-}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method of the table."""
+    """A method of the table, with its default hyper-parameters where nothing is said."""
 
-    name: str
-    make: Callable[[], MergeMethod]
+    method: MergeMethod
     page: str | None = None
     """Page of docs/methods that shows its numbers."""
     tasks: int | None = None
     """How many tasks it merges, the first ones; all by default."""
 
 
-ROWS = (
-    Row("base (no merge)", lambda: TaskArithmetic(scale=0.0)),
-    Row("Average", Average, "average"),
-    Row("TaskArithmetic", TaskArithmetic, "task_arithmetic"),
-    Row("TIES", TIES, "ties"),
-    Row("DARE", DARE, "dare"),
-    Row("DARE, ties", lambda: DARE(combine="ties", scale=1.0), "dare"),
-    Row("DELLA", DELLA, "della"),
-    Row("Breadcrumbs", Breadcrumbs, "breadcrumbs"),
-    Row("ModelStock", ModelStock, "model_stock"),
-    Row("Consensus", Consensus, "consensus"),
-    Row("TSVMerge", TSVMerge, "tsv"),
-    Row("IsoC", IsoC, "isotropic"),
-    Row("IsoCTS", IsoCTS, "isotropic"),
-    Row("Average of two", Average, "slerp", tasks=2),
-    Row("Slerp of two", Slerp, "slerp", tasks=2),
-)
-"""Methods with their defaults. One that needs data is a further row: ``backbone`` knows."""
+METHODS: dict[str, Row] = {
+    "base": Row(TaskArithmetic(scale=0.0)),
+    "average": Row(Average(), "average"),
+    "task arithmetic": Row(TaskArithmetic(), "task_arithmetic"),
+    "TIES": Row(TIES(), "ties"),
+    "DARE": Row(DARE(), "dare"),
+    "DARE-TIES": Row(DARE(combine="ties", scale=1.0), "dare"),
+    "DELLA": Row(DELLA(), "della"),
+    "Breadcrumbs": Row(Breadcrumbs(), "breadcrumbs"),
+    "Model Stock": Row(ModelStock(), "model_stock"),
+    "Consensus": Row(Consensus(), "consensus"),
+    "average of two": Row(Average(), "slerp", tasks=2),
+    "Slerp of two": Row(Slerp(), "slerp", tasks=2),
+    "TSV-M": Row(TSVMerge(), "tsv"),
+    "Iso-C": Row(IsoC(), "isotropic"),
+    "Iso-CTS": Row(IsoCTS(), "isotropic"),
+    "Fisher": Row(Fisher(), "fisher"),
+    "greedy soup": Row(GreedySoup(), "greedy_soup"),
+    "RegMean": Row(RegMean(), "regmean"),
+    "RegMean++": Row(RegMean(inputs="merged"), "regmean"),
+    "projection, task_global": Row(
+        OutputProjection(basis="task_global", mode="parallel"), "output_projection"
+    ),
+    "projection, task": Row(OutputProjection(basis="task"), "output_projection"),
+    "projection, row": Row(OutputProjection(basis="row"), "output_projection"),
+    "projection, full": Row(OutputProjection(basis="full"), "output_projection"),
+    "AdaMerging, task-wise": Row(AdaMerging(granularity="task"), "adamerging"),
+    "AdaMerging": Row(AdaMerging(), "adamerging"),
+    "AdaMerging++": Row(AdaMerging(vectors="ties"), "adamerging"),
+    "AdaMerging, expert_kl": Row(AdaMerging(loss="expert_kl"), "adamerging"),
+    "AdaMerging on TSV-M": Row(AdaMerging(start=TSVMerge(), loss="expert_kl"), "adamerging"),
+}
+
+RECIPES = {
+    "paper": CorrectionOptions.paper(),
+    "representation": CorrectionOptions(metric="representation"),
+    "default": CorrectionOptions(),
+}
+PREFERENCES = ("equal", "priority", "one-hot")
+SHOWN = ("uncorrected", "representation, equal", "default, equal", "default, one-hot")
+"""Columns of a method's page."""
+EXPECTED = ("average", "task arithmetic", "TIES", "AdaMerging", "RegMean++", "TSV-M")
+"""Order on published CLIP figures, lowest first; the last two are about equal."""
+CLOSE = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass
 class Numbers:
-    """What one method is worth on one suite and seed; accuracies over those of the experts."""
+    """Figures of one method on one suite, a value a seed."""
 
-    uncorrected: float
-    corrected: dict[str, tuple[float, float, float]]
-    """By correction: at equal preference, each task under its priority, each under its own."""
-    milliseconds: float
-    mebibytes: float
-    """Resident memory at the highest point of the merge, above that before it."""
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    problem: str = ""
+    """Why there are none."""
+
+    @property
+    def uncorrected(self) -> float:
+        """Mean normalized accuracy of the merge as it is."""
+        return statistics.fmean(self.values["uncorrected"])
 
 
-def measure(row: Row, experts: Experts, known: References) -> Numbers:
-    """Merge once for the clock, once for the accuracies."""
+Found = dict[str, dict[str, Numbers]]
+"""By suite and method."""
+
+
+def figures(merged: Merge) -> dict[str, float]:
+    """Normalized accuracies of one merge, mean over the tasks."""
+    tasks = list(merged.test)
+    found = {"uncorrected": statistics.fmean(merged.scores(None, None).values())}
+    equal = dict.fromkeys(tasks, 1 / len(tasks))
+    for recipe, options in RECIPES.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            correction = merged.correction(options)
+            for name in PREFERENCES:
+                scores = merged.scores(correction, equal if name == "equal" else name)
+                found[f"{recipe}, {name}"] = statistics.fmean(scores.values())
+    return found
+
+
+def measure(experts: Experts, known: References, row: Row) -> dict[str, float]:
+    """Figures of one method on one seed, with CPU seconds and memory of the merge.
+
+    Raises:
+        ValueError: If these experts are not for the method.
+    """
     tasks = list(experts.tasks)[: row.tasks]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before, start = _reset_peak(), time.perf_counter()
-        backbone(experts, row.make(), tasks, LIMIT)
-        seconds, peak = time.perf_counter() - start, _memory("VmHWM")
-        merged = merge(experts, row.make(), known, limit=LIMIT, tasks=tasks)
-        corrected = {name: _scores(merged, options) for name, options in CORRECTIONS.items()}
-    return Numbers(
-        uncorrected=statistics.fmean(merged.scores(None, None).values()),
-        corrected=corrected,
-        milliseconds=1000 * seconds,
-        mebibytes=max(0.0, peak - before) / 2**20,
-    )
+        state, seconds, memory = spent(lambda: backbone(experts, row.method, tasks))
+        found = figures(merge(experts, row.method, known, tasks=tasks, state=state))
+    return {**found, "seconds": seconds, "MiB": memory}
 
 
-def _scores(merged: Merge, options: CorrectionOptions) -> tuple[float, float, float]:
-    tasks, correction = list(merged.test), merged.correction(options)
-    equal = dict.fromkeys(tasks, 1 / len(tasks))
-    own = {task: _priority(task, tasks) for task in tasks}
-    return (
-        statistics.fmean(merged.scores(correction, equal).values()),
-        statistics.fmean(merged.score(task, correction, own[task]) for task in tasks),
-        statistics.fmean(merged.scores(correction, "one-hot").values()),
-    )
-
-
-def _priority(favoured: str, tasks: Sequence[str], weight: float = 0.5) -> dict[str, float]:
-    rest = (1 - weight) / (len(tasks) - 1)
-    return {task: weight if task == favoured else rest for task in tasks}
-
-
-def main(suites: Sequence[str], seeds: Sequence[int], pages: bool) -> None:
-    """Write docs/results/methods.md and the numbers of the methods' pages.
+def main(
+    suites: list[str] = ["glyphs-convnext", "glyphs-vit"],  # noqa: B006
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    methods: list[str] = list(METHODS),  # noqa: B006
+    root: str = str(ROOT),
+    output: str = "methods",
+    pages: bool = True,
+) -> None:
+    """Write docs/results/methods.md and the numbers of the methods' pages, anew after each seed.
 
     Args:
         suites: Which suites.
         seeds: Which seeds.
+        methods: Which methods, by the names in the table.
+        root: Where the experts are, or will be.
+        output: Another name of the file, without its ending.
         pages: Whether to write into docs/methods.
     """
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise SystemExit(f"unknown methods {unknown}; there are: {', '.join(METHODS)}.")
     torch.set_num_threads(1)
-    found: dict[str, dict[str, list[Numbers]]] = {}
+    found: Found = {}
     for suite in suites:
-        found[suite] = {row.name: [] for row in ROWS}
-        for seed in seeds:
-            experts = build(suite, seed)
-            known = references(experts, LIMIT)
-            for row in ROWS:
-                numbers = measure(row, experts, known)
-                found[suite][row.name].append(numbers)
-                print(suite, seed, row.name, numbers, flush=True)
-    write("methods_table", "Merging methods", seeds, sections(found), output="methods")
-    if pages:
-        for page in {row.page for row in ROWS if row.page is not None}:
-            write_page(PAGES / f"{page}.md", page_numbers(page, found, seeds))
+        rows = found[suite] = {name: Numbers() for name in methods}
+        for done, seed in enumerate(seeds, 1):
+            experts = build(suite, seed, Path(root))
+            known = references(experts)
+            for name, numbers in rows.items():
+                try:
+                    fresh = measure(experts, known, METHODS[name])
+                except ValueError as error:  # a method that these experts are not for says so
+                    numbers.problem = str(error)
+                    print(f"{suite} {seed} {name}: {error}", flush=True)
+                    continue
+                for key, value in fresh.items():
+                    numbers.values[key].append(value)
+                print(suite, seed, f"{name:26} {fresh['uncorrected']:.3f}", flush=True)
+            write(
+                "methods_table", "Methods on trained experts", seeds[:done], sections(found), output
+            )
+    for page in {METHODS[name].page for name in methods} - {None} if pages else ():
+        write_page(PAGES / f"{page}.md", page_numbers(page, found, seeds))
 
 
-def sections(found: dict[str, dict[str, list[Numbers]]]) -> list[str]:
-    """The text and one table for each suite."""
-    header = ["method", "uncorrected"]
-    kinds = ("equal", "priority", "one-hot")
-    header += [f"{name}: {kind}" for name in CORRECTIONS for kind in kinds]
-    header += ["ms", "MiB"]
+def sections(found: Found) -> list[str]:
+    """The text, and a table and the order of the methods for each suite."""
+    keys = ["uncorrected", *(f"{r}, {p}" for r in RECIPES for p in PREFERENCES)]
     parts = [
-        "Test accuracy over that of the experts, mean over the tasks, mean ± standard deviation "
-        f"over the seeds; corrections calibrated on {LIMIT} unlabeled samples a task. `paper` is "
-        "the published recipe, `representation` ours in its metric, `default` ours in the metric "
-        "of the heads where they have room. "
-        "Priority: each task under a weight of one half for itself, the rest shared; one-hot: each "
-        "under its own. Methods have their default hyper-parameters. Time and memory are "
-        "those of the merge alone, on one thread.",
+        "Normalized accuracy (merge over expert, mean over tasks), mean ± standard deviation over "
+        "the seeds. `paper` is the correction's published recipe, `representation` chooses ridge "
+        "and prior by cross-validation, `default` does so in the metric of the heads where they "
+        "have room; each under equal preference, with half of the weight on the task measured "
+        "(priority), and all of it (one-hot). Seconds are CPU time of the merge alone on one "
+        "thread, MiB the growth of the process's memory in it. Methods have their default "
+        "hyper-parameters; those that look at data see the pool's unlabeled calibration inputs, "
+        "apart from the test inputs (inductive)."
     ]
     for suite, rows in found.items():
-        lines = [[name, *_cells(numbers)] for name, numbers in rows.items()]
-        parts += [f"## {suite}", table(header, lines)]
+        cells = [
+            [
+                name,
+                *(mean_and_spread(row.values[key]) for key in keys),
+                mean_and_spread(row.values["seconds"], 1),
+                mean_and_spread(row.values["MiB"], 0),
+            ]
+            for name, row in rows.items()
+            if row.values
+        ]
+        parts += [f"## {suite}", table(["method", *keys, "seconds", "MiB"], cells)]
+        parts += [
+            f"{name} is not for these experts: {row.problem}"
+            for name, row in rows.items()
+            if row.problem
+        ]
+        parts.append(order(rows))
     return parts
 
 
-def _cells(numbers: list[Numbers]) -> list[str]:
-    cells = [mean_and_spread([n.uncorrected for n in numbers])]
-    for name in CORRECTIONS:
-        cells += [mean_and_spread([n.corrected[name][i] for n in numbers]) for i in range(3)]
-    cells.append(f"{statistics.median(n.milliseconds for n in numbers):.0f}")
-    cells.append(f"{max(n.mebibytes for n in numbers):.1f}")
-    return cells
+def order(rows: dict[str, Numbers]) -> str:
+    """How the uncorrected merges are ordered, beside the order on published figures."""
+    there = [name for name in EXPECTED if name in rows and rows[name].values]
+    ours = sorted(there, key=lambda name: rows[name].uncorrected)
+    lines = [
+        "Order expected from published CLIP figures, uncorrected: average < task arithmetic < TIES "
+        "< AdaMerging < RegMean++, about TSV-M. Here: "
+        + " < ".join(f"{name} ({rows[name].uncorrected:.3f})" for name in ours)
+        + "."
+    ]
+    for position, low in enumerate(there):
+        for high in there[position + 1 :]:
+            gap = rows[low].uncorrected - rows[high].uncorrected
+            alike = {low, high} == {"RegMean++", "TSV-M"}
+            if alike and abs(gap) > CLOSE:
+                lines.append(
+                    f"- {low} and {high} should be about equal; they are {-gap:+.3f} apart."
+                )
+            elif not alike and gap > CLOSE:
+                lines.append(f"- Differs: {low} is above {high} by {gap:.3f}.")
+    return "\n".join(lines)
 
 
-def page_numbers(
-    page: str, found: dict[str, dict[str, list[Numbers]]], seeds: Sequence[int]
-) -> str:
+def page_numbers(page: str, found: Found, seeds: list[int]) -> str:
     """What a page shows: its methods beside the average, at equal preference and one-hot."""
-    header = ["suite", "method", "uncorrected"]
-    header += ["representation: equal", "default: equal", "default: one-hot", "ms"]
     lines = []
     for suite, rows in found.items():
-        own = [row.name for row in ROWS if row.page == page]
-        for name in dict.fromkeys(own if page == "slerp" else ["Average", *own]):
-            n = rows[name]
-            shown = [
-                [x.uncorrected for x in n],
-                [x.corrected["representation"][0] for x in n],
-                [x.corrected["default"][0] for x in n],
-                [x.corrected["default"][2] for x in n],
-            ]
-            time_of = f"{statistics.median(x.milliseconds for x in n):.0f}"
-            lines.append([suite, name, *(mean_and_spread(values) for values in shown), time_of])
+        own = [name for name in rows if METHODS[name].page == page]
+        for name in dict.fromkeys(own if page == "slerp" else ["average", *own]):
+            if name in rows and (values := rows[name].values):
+                cells = (mean_and_spread(values[key]) for key in SHOWN)
+                lines.append([suite, name, *cells, mean_and_spread(values["seconds"], 2)])
     text = (
         "Test accuracy over that of the experts, mean over the tasks, default hyper-parameters, "
-        f"seeds {', '.join(map(str, seeds))}; corrections from {LIMIT} unlabeled samples a task. "
+        f"seeds {', '.join(map(str, seeds))}; CPU seconds of the merge. "
         "[All methods and preferences](../results/methods.md)."
     )
-    return f"{text}\n\n{table(header, lines)}"
+    return f"{text}\n\n{table(['suite', 'method', *SHOWN, 'seconds'], lines)}"
 
 
 def write_page(path: Path, text: str) -> None:
@@ -217,23 +272,5 @@ def write_page(path: Path, text: str) -> None:
     path.write_text(between.sub(lambda _: f"{BEGIN}\n{text}\n{END}", page), encoding="utf-8")
 
 
-def _reset_peak() -> float:
-    """Start a new peak of the resident memory, where the system can; what there is now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return math.inf  # no peak of its own: none is reported
-    return _memory("VmRSS")
-
-
-def _memory(kind: str) -> float:
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024.0 * int(found[1]) if found else 0.0
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(DEFAULT))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--no-pages", dest="pages", action="store_false")
-    main(**vars(parser.parse_args()))
+    run(main)

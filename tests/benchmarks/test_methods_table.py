@@ -1,16 +1,41 @@
 """The table of methods at toy size."""
 
 import statistics
+import sys
 
 import pytest
 
-from benchmarks import methods_table
+from benchmarks import methods_table, results
 from benchmarks.features import backbone, merge, references
-from benchmarks.methods_table import ROWS, Row, measure, page_numbers, sections, write_page
+from benchmarks.methods_table import (
+    METHODS,
+    RECIPES,
+    Numbers,
+    Row,
+    measure,
+    order,
+    page_numbers,
+    write_page,
+)
 from benchmarks.suites import build
 from lightning_merge import merge_experts
-from lightning_merge.methods import Average, CalibratedMethod, TaskArithmetic
+from lightning_merge.methods import (
+    AdaMerging,
+    Average,
+    CalibratedMethod,
+    Fisher,
+    GreedySoup,
+    Slerp,
+    TaskArithmetic,
+)
 from tests.benchmarks.test_suites import TOY
+
+SMALL = {
+    "average": METHODS["average"],
+    "Fisher": Row(Fisher(samples=4), "fisher"),
+    "greedy soup": Row(GreedySoup()),
+    "AdaMerging": Row(AdaMerging(steps=2)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +45,8 @@ def experts(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore")
 def test_numbers_are_those_of_the_merged_model(experts):
-    known = references(experts, methods_table.LIMIT)
-    numbers = measure(Row("Average", Average), experts, known)
+    known = references(experts)
+    numbers = measure(experts, known, Row(Average()))
     model = merge_experts(experts.pool, module=experts.template, check=False, report="off")
     accuracy = {}
     for kind, network_of in {
@@ -35,12 +60,11 @@ def test_numbers_are_those_of_the_merged_model(experts):
             right = (network_of(task).eval()(inputs).argmax(1) == labels).double().mean()
             scores.append(float(right) / known.accuracy[task])
         accuracy[kind] = statistics.fmean(scores)
-    assert numbers.uncorrected == pytest.approx(accuracy["plain"])
+    assert numbers["uncorrected"] == pytest.approx(accuracy["plain"])
     # of two tasks, a priority of one half is the equal preference
-    assert numbers.corrected["default"] == pytest.approx(
-        (accuracy["priority"], accuracy["priority"], accuracy["own"])
-    )
-    assert numbers.milliseconds > 0
+    assert numbers["default, equal"] == pytest.approx(accuracy["priority"])
+    assert numbers["default, priority"] == pytest.approx(accuracy["priority"])
+    assert numbers["default, one-hot"] == pytest.approx(accuracy["own"])
 
 
 class Halfway(CalibratedMethod):
@@ -56,33 +80,70 @@ def test_methods_with_data_are_rows_like_others(experts):
     merge(experts, Halfway(), references(experts, 50), limit=50)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_tables_and_pages(experts, tmp_path):
-    numbers = measure(Row("Average", Average), experts, references(experts, methods_table.LIMIT))
-    found = {"toy": {row.name: [numbers, numbers] for row in ROWS}}
-    text = "\n".join(sections(found))
-    assert text.count("\n| ") == len(ROWS) + 2
+def test_the_whole_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    monkeypatch.setattr(methods_table, "METHODS", SMALL)
+    monkeypatch.setattr(methods_table, "PAGES", tmp_path)
+    monkeypatch.setattr(
+        methods_table, "build", lambda name, seed, root: build(name, seed, root, TOY)
+    )
+    for page in ("average", "fisher"):
+        (tmp_path / f"{page}.md").write_text(f"a\n{methods_table.BEGIN}\n{methods_table.END}\n")
+    methods_table.main(["toy"], [1, 2], list(SMALL), str(tmp_path), "table")
+    text = (tmp_path / "table.md").read_text()
+    assert "seeds 1, 2." in text
+    assert all(f"| {name} |" in text for name in SMALL)
+    assert all(f"{recipe}, priority" in text for recipe in RECIPES)
+    assert "Order expected" in text
+    assert "| toy | Fisher |" in (tmp_path / "fisher.md").read_text()
+    with pytest.raises(SystemExit, match="unknown methods"):
+        methods_table.main(methods=["none"])
+
+
+def test_a_method_that_does_not_fit_says_so(experts):
+    with pytest.raises(ValueError, match="two"):
+        measure(experts, references(experts), Row(Slerp(), tasks=1))
+
+
+def test_order_names_what_differs():
+    rows = {name: Numbers() for name in methods_table.EXPECTED}
+    for value, name in enumerate(methods_table.EXPECTED):
+        rows[name].values["uncorrected"].append(0.5 + 0.05 * value)
+    assert "Differs" not in order(rows)
+    assert "RegMean++ and TSV-M should be about equal; they are +0.050 apart." in order(rows)
+    rows["TIES"].values["uncorrected"] = [0.3]
+    text = order(rows)
+    assert "Differs: average is above TIES by 0.200" in text
+    assert "TIES (0.300) < average (0.500)" in text
+
+
+def test_pages(tmp_path):
+    rows = {name: Numbers() for name in METHODS}
+    for numbers in rows.values():
+        for key in (*methods_table.SHOWN, "seconds"):
+            numbers.values[key] += [0.5, 0.6]
     page = tmp_path / "x.md"
     page.write_text(f"a\n{methods_table.BEGIN}\nold\n{methods_table.END}\nb\n")
-    write_page(page, page_numbers("dare", found, [0, 1]))
+    write_page(page, page_numbers("dare", {"toy": rows}, [0, 1]))
     written = page.read_text()
     assert [line.split(" | ")[1] for line in written.splitlines() if line.startswith("| toy")] == [
-        "Average",
+        "average",
         "DARE",
-        "DARE, ties",
+        "DARE-TIES",
     ]
     assert written.startswith("a\n")
     assert written.endswith("b\n")
     assert "old" not in written
     write_page(page, "again")
-    assert "Average" not in page.read_text()
+    assert "average" not in page.read_text()
     page.write_text("no place")
     with pytest.raises(ValueError, match="no place for its numbers"):
         write_page(page, "x")
 
 
 def test_every_page_has_its_place():
-    for row in ROWS:
+    for row in METHODS.values():
         if row.page is not None:
             page = (methods_table.PAGES / f"{row.page}.md").read_text()
             assert methods_table.BEGIN in page

@@ -1,9 +1,10 @@
-"""Running independent decompositions side by side, one core each."""
+"""Running independent pieces of work side by side, one core each."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol, TypeVar, runtime_checkable
+from threading import local
+from typing import Generic, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 
@@ -42,3 +43,22 @@ def map_on_cores(
             return list(pool.map(lambda i: function(items[i]), range(len(items))))
     finally:
         torch.set_num_threads(threads)  # the setting of the BLAS library is shared by all threads
+
+
+@final
+class PerThread(Generic[Result]):
+    """One value for every thread that asks for it, such as room for its intermediates.
+
+    Args:
+        make: Makes the value of a thread when it first asks.
+    """
+
+    def __init__(self, make: Callable[[], Result]) -> None:
+        self._make, self._local = make, local()
+
+    def get(self) -> Result:
+        """This thread's value."""
+        if not hasattr(self._local, "value"):
+            self._local.value = self._make()
+        value: Result = self._local.value
+        return value

@@ -18,7 +18,7 @@ SAMPLE = 1 << 18
 SMALL = 1 << 12
 """A vector that is not longer is selected from as a whole."""
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Entries looked at together, so that intermediates stay in the cache."""
 
 Chunks: TypeAlias = Callable[[], Iterable[Float[Tensor, " n"]]]
@@ -71,7 +71,7 @@ def largest(chunks: Chunks, size: int, kept: int) -> Cut:
         search.take([chunk[:: search.stride] for chunk in chunks()])
     while search.cut is None:
         for index, chunk in enumerate(chunks()):
-            search.look(index, chunk)
+            search.look(index, chunk.abs())
         search.conclude()
     return search.cut
 
@@ -108,9 +108,10 @@ class Search:
         """Bracket the threshold by every ``stride``-th entry, or about as many, in any order."""
         self._low, self._high = _bracket(torch.cat([part.abs() for part in sample]), self._share)
 
-    def look(self, index: int, chunk: Float[Tensor, " n"]) -> None:
+    def look(self, index: int, magnitudes: Float[Tensor, " n"]) -> None:
         """Look at one chunk, by its number; several threads may do so at the same time."""
-        parts = [_around(part.abs(), self._low, self._high) for part in chunk.split(BLOCK)]
+        starts = range(0, max(1, len(magnitudes)), BLOCK)
+        parts = [_around(magnitudes[i : i + BLOCK], self._low, self._high) for i in starts]
         above, at_high, inside, at_low = zip(*parts, strict=True)
         # where both ends are one value, its entries count once
         least = sum(at_low) if self._low < self._high else 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, final
 
 import torch
 from jaxtyping import Float
@@ -15,8 +15,35 @@ Combine: TypeAlias = Literal["mean", "sum", "max"]
 ZeroSign: TypeAlias = Literal["majority", "positive", "none"]
 SumOrTies: TypeAlias = Literal["sum", "ties"]
 
-BLOCK = 1 << 14
-"""Entries merged at once, so that the few passes over them stay in the cache."""
+BLOCK = 1 << 16
+"""Entries merged at once: the passes over them stay in the cache, and are long beside a call."""
+
+
+@final
+class Room:
+    """Memory for the intermediates of one block after another.
+
+    Memory that is allocated anew costs more than an operation on a block of it.
+
+    Args:
+        num_experts: T.
+        size: Entries of the largest block.
+        like: A tensor of the intermediates' dtype and device.
+    """
+
+    def __init__(self, num_experts: int, size: int, like: Tensor) -> None:
+        self._num_experts = num_experts
+        self._wide = [like.new_empty(num_experts * size) for _ in range(2)]
+        self._narrow = [like.new_empty(size) for _ in range(4)]
+        self.one = like.new_ones(())
+
+    def wide(self, size: int) -> list[Tensor]:
+        """Two tensors of shape ``(T, size)``: for trimmed task vectors, and for consensus."""
+        return [one[: self._num_experts * size].view(self._num_experts, size) for one in self._wide]
+
+    def narrow(self, size: int) -> list[Tensor]:
+        """Four of shape ``(size,)``, of which the third holds a consensus."""
+        return [one[:size] for one in self._narrow]
 
 
 def trim_by(
@@ -90,30 +117,44 @@ def block_consensus(
     combine: Combine,
     zero_sign: ZeroSign,
     majority: Callable[[], float],
+    room: Room | None = None,
 ) -> Float[Tensor, " n"]:
-    """What :func:`sign_consensus` does to a block that fits into the cache, of n > 0 entries."""
+    """What :func:`sign_consensus` does to a block that fits into the cache, of n > 0 entries.
+
+    With ``room`` the result lies in it, until its next use.
+    """
     # Products and sums in the cache are on the CPU several times as fast as masks. Where the sum
     # is zero the sign is plus for now: nothing agrees with it unless task vectors cancel there.
-    signs = trimmed.sum(0).sign_()
-    sides = signs.mul(2).add_(1).sign_()
-    chosen = _of_side(trimmed, sides, combine).mul_(sides)
+    room = room or Room(len(trimmed), trimmed.shape[1], trimmed)
+    total, sides, _, _ = room.narrow(trimmed.shape[1])
+    torch.sum(trimmed, 0, out=total)
+    torch.copysign(room.one, total, out=sides)
+    chosen = _of_side(trimmed, sides, combine, room).mul_(sides)
     if zero_sign == "positive":
         return chosen
+    summed = total.sign_().abs_()
     if zero_sign == "none":
-        return chosen.mul_(signs.abs_())
-    cancelled = signs.abs_().sub_(1).mul_(chosen)
+        return chosen.mul_(summed)
+    cancelled = summed.sub_(1).mul_(chosen)
     if float(cancelled.min()) < 0 and (sign := majority()) <= 0:
         columns = cancelled.nonzero().squeeze(1)
-        minus = torch.full_like(chosen[columns], -1.0)
-        chosen[columns] = sign * _of_side(trimmed[:, columns], minus, combine)
+        few = trimmed[:, columns]
+        minus = torch.full_like(few[0], -1.0)
+        chosen[columns] = sign * _of_side(few, minus, combine, Room(len(few), few.shape[1], few))
     return chosen
 
 
-def _of_side(trimmed: Tensor, sides: Tensor, combine: Combine) -> Tensor:
+def _of_side(trimmed: Tensor, sides: Tensor, combine: Combine, room: Room) -> Tensor:
     """Mean, sum or maximum of the magnitudes of the entries that have the sign of their column."""
-    agreeing = trimmed.mul(sides).relu_()
-    chosen = agreeing.amax(0) if combine == "max" else agreeing.sum(0)
-    return chosen.div_(agreeing.sign_().sum(0).clamp_(min=1)) if combine == "mean" else chosen
+    size = trimmed.shape[1]
+    _, _, chosen, number = room.narrow(size)
+    agreeing = torch.mul(trimmed, sides, out=room.wide(size)[1]).relu_()
+    if combine == "max":
+        return torch.amax(agreeing, 0, out=chosen)
+    torch.sum(agreeing, 0, out=chosen)
+    if combine == "mean":
+        chosen.div_(torch.sum(agreeing.sign_(), 0, out=number).clamp_(min=1))
+    return chosen
 
 
 def combined(

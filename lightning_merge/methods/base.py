@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, Protocol, TypeAlias, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ from lightning_merge.states import (
 )
 
 Treatment: TypeAlias = Literal["method", "average", "base"]
+
+
+@runtime_checkable
+class TaskVectorReader(Protocol):
+    """What :meth:`WeightMethod.task_vector_reader` gives."""
+
+    def __call__(self, part: slice, room: Tensor | None = None) -> Tensor:
+        """The entries of one slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,22 +166,25 @@ class WeightMethod(MergeMethod):
 
     def task_vector_reader(
         self, name: str, base: StateDict, task: str, expert: StateDict
-    ) -> Callable[[slice], Tensor]:
+    ) -> TaskVectorReader:
         """What reads a slice of one task vector of one parameter, flat; from several threads.
 
-        The entries are bit for bit those of :meth:`task_vectors`.
+        The entries are bit for bit those of :meth:`task_vectors`. They lie in the tensor that is
+        given as room, if it is one of float32 on their device and long enough, or in a new one.
         """
         origin = base[name].detach().reshape(-1)
         value = expert[name].detach().reshape(-1)
         factors = coefficients_of(name, (task,), self.coefficients)
         plain = value.dtype == origin.dtype == torch.float32 and factors == (1.0,)
 
-        def read(part: slice) -> Tensor:
+        def read(part: slice, room: Tensor | None = None) -> Tensor:
             here, there = origin[part], value[part].to(origin.device)
-            if plain:
+            if not plain:
+                vector = task_vectors_of(here, scaled(here, there[None], factors))[0]
+            elif room is None or room.device != here.device or len(room) < len(here):
                 vector = torch.sub(there, here)
             else:
-                vector = task_vectors_of(here, scaled(here, there[None], factors))[0]
+                vector = torch.sub(there, here, out=room[: len(here)])
             if not math.isfinite(float(vector.sum())):
                 check_finite(name, "the base", base[name])
                 check_finite(name, f"expert '{task}'", expert[name])

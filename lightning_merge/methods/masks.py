@@ -1,6 +1,5 @@
 """What DARE and DELLA share: entries dropped at random, by probabilities that each has its own."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,15 @@ from torch import Tensor
 from lightning_merge.functional.dare import (
     Rescale,
     bernoulli,
-    bit_mask,
+    drop,
     drop_and_rescale,
-    keep_bits,
     random_words,
 )
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
-from lightning_merge.functional.ties import BLOCK, SumOrTies, combined
-from lightning_merge.methods.walk import BlockMerge
+from lightning_merge.functional.ties import Room, SumOrTies, block_consensus, combined, elect
+from lightning_merge.methods.blocks import Thin, in_blocks
+from lightning_merge.methods.walk import BlockMerge, map_blocks
+from lightning_merge.states import StateDict
 
 Keep: TypeAlias = Callable[[Tensor], Tensor | float]
 """Probability that an entry of a task vector is kept: one for each, or one for all."""
@@ -41,37 +41,49 @@ class RandomDrop:
         """What merges one parameter of these experts: the masks depend on their names."""
         return partial(self.merge, tuple(tasks))
 
-    def for_blocks(self, tasks: Mapping[str, object]) -> BlockMerge:
-        """The same block by block, where all entries have one probability and no norm is kept."""
-        return partial(self._merge_block, tuple(tasks))
+    def for_blocks(self, tasks: Sequence[str], majority: Callable[[], float]) -> BlockMerge:
+        """The same block by block, where all entries have one probability and no norm is kept.
 
-    def _merge_block(
-        self, tasks: Sequence[str], name: str, start: int, base: Tensor, rows: Sequence[Tensor]
+        Args:
+            tasks: Names of the experts.
+            majority: Gives the sign that most entries of the parameter elect, where that is asked.
+        """
+        return in_blocks(partial(self._begin, tasks), partial(self._combined, majority))
+
+    def majority_sign(
+        self,
+        name: str,
+        base: StateDict,
+        experts: Mapping[str, StateDict],
+        coefficients: Sequence[float],
+    ) -> float:
+        """Sign that most entries of one parameter elect: a pass of its own."""
+        merge = in_blocks(partial(self._begin, tuple(experts)), _elected)
+        signs = map_blocks(merge, name, base[name].detach(), experts, coefficients)
+        return float(signs.sum(dtype=torch.float64).sign())
+
+    def _begin(self, tasks: Sequence[str], name: str, start: int, size: int) -> Thin:
+        keep = self.keep(torch.empty(0))
+        assert isinstance(keep, float)
+        words = [random_words(self.seed, task, name, size, start) for task in tasks]
+
+        def thin(t: int, part: slice, vector: Tensor) -> None:
+            drop(vector, bernoulli(keep, words[t][part]).to(vector.device))
+
+        return thin
+
+    def _combined(
+        self, majority: Callable[[], float], base: Tensor, thinned: Tensor, room: Room
     ) -> Tensor:
+        if self.combine == "ties":
+            update = block_consensus(thinned, "mean", "majority", majority, room)
+        else:
+            update = thinned.sum(0)
         keep = self.keep(base)
         assert isinstance(keep, float)
-        wide = torch.promote_types(torch.promote_types(base.dtype, rows[0].dtype), torch.float32)
-        masks = [
-            bit_mask(keep, random_words(self.seed, task, name, len(base), start)).to(base.device)
-            for task in tasks
-        ]
-        merged, origin = torch.empty_like(base), base.to(wide)
         # an inverse probability common to all entries is as well applied to what is combined
         scale = self.scale / keep if self.rescale == "inverse" else self.scale
-        stack = base.new_empty((len(rows), min(BLOCK, len(base))), dtype=wide)
-        # split once: a slice costs as much as an operation on a small block
-        wholes = (merged, origin, *(row.to(wide) for row in rows), *masks)
-        for out, here, *parts in zip(*(whole.split(BLOCK) for whole in wholes), strict=True):
-            stack = stack if stack.shape[1] == len(here) else stack[:, : len(here)].contiguous()
-            for row, part in zip(stack, parts, strict=False):
-                torch.sub(part, here, out=row)
-            if not math.isfinite(float(stack.sum())) and not bool(stack.isfinite().all()):
-                out.fill_(math.nan)  # a mask drops NaN and infinity too: the walk must see them
-                continue
-            for row, mask in zip(stack, parts[len(rows) :], strict=True):
-                keep_bits(row, mask)
-            out.copy_(add_update(here, combined(stack, self.combine), scale))
-        return merged
+        return add_update(base, update, scale)
 
     def merge(self, tasks: Sequence[str], name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one parameter: experts ``(T, *base.shape)`` of these tasks."""
@@ -82,6 +94,10 @@ class RandomDrop:
             kept = bernoulli(keep.flatten() if isinstance(keep, Tensor) else keep, words)
             row.copy_(drop_and_rescale(row, kept.view(row.shape), keep, self.rescale))
         return add_update(base, combined(task_vectors, self.combine), self.scale)
+
+
+def _elected(base: Tensor, thinned: Tensor, room: Room) -> Tensor:
+    return elect(thinned)
 
 
 def numbered(experts: Tensor) -> list[str]:

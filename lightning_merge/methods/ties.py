@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_merge.functional.adamerging import agreeing
-from lightning_merge.functional.parallel import map_on_cores
+from lightning_merge.functional.parallel import PerThread, map_on_cores
 from lightning_merge.functional.selection import BLOCK as CHUNK
 from lightning_merge.functional.selection import Count, Search, num_kept
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
 from lightning_merge.functional.ties import (
-    BLOCK,
     Combine,
+    Room,
     ZeroSign,
     block_consensus,
     elect,
@@ -25,7 +25,8 @@ from lightning_merge.functional.ties import (
     trim,
     trim_by,
 )
-from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.base import TaskVectorReader, WeightMethod
+from lightning_merge.methods.blocks import MergeThinned, in_blocks
 from lightning_merge.methods.checks import check_density, check_scale
 from lightning_merge.methods.rules import coefficients_of
 from lightning_merge.methods.walk import BlockMerge, map_blocks
@@ -87,8 +88,9 @@ class TIES(WeightMethod):
         if self.scope == "tensor":
             return self.bound_to_blocks(lambda name: self._merger(model, [name], name))
         cuts = model.cuts(names)
-        majority = cache(lambda: model.majority_sign(names, cuts))
-        return self.bound_to_blocks(lambda name: self._merger_of(cuts[name], majority))
+        # at once and by all cores: somewhere in a large model task vectors always cancel
+        sign = model.majority_sign(names, cuts) if self.zero_sign == "majority" else 0.0
+        return self.bound_to_blocks(lambda name: self._merger_of(cuts[name], lambda: sign))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, trimmed on its own: the scope ``tensor``."""
@@ -97,69 +99,40 @@ class TIES(WeightMethod):
 
     def _merger(self, model: "_Model", scope: list[str], name: str) -> BlockMerge:
         cuts = model.cuts(scope)
-        majority = cache(lambda: model.majority_sign(scope, cuts))
-        return self._merger_of(cuts[name], majority)
+        return self._merger_of(cuts[name], cache(lambda: model.majority_sign(scope, cuts)))
 
     def _merger_of(self, cuts: Sequence[_Cut], majority: Callable[[], float]) -> BlockMerge:
         return _blockwise(cuts, partial(self._merge_trimmed, majority))
 
     def _merge_trimmed(
-        self, majority: Callable[[], float], base: Tensor, trimmed: Tensor
+        self, majority: Callable[[], float], base: Tensor, trimmed: Tensor, room: Room
     ) -> Tensor:
-        update = block_consensus(trimmed, self.combine, self.zero_sign, majority)
+        update = block_consensus(trimmed, self.combine, self.zero_sign, majority, room)
         return add_update(base, update, self.scale)
 
 
-def _blockwise(cuts: Sequence[_Cut], merge: Callable[[Tensor, Tensor], Tensor]) -> BlockMerge:
-    """Merge trimmed blocks."""
-
-    def merge_block(name: str, start: int, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        merged = torch.empty_like(base)
-        if not len(base):
-            return merged
-        trim = _Trim([cut.within(start, len(base)) for cut in cuts])
-        space = trim.space(base[:BLOCK], rows)
-        # split once: a slice costs as much as an operation on a small block
-        pieces = zip(*(whole.split(BLOCK) for whole in (merged, base, *rows)), strict=True)
-        for out, origin, *parts in pieces:
-            out.copy_(merge(origin, trim(origin, parts, space)))
-        return merged
-
-    return merge_block
-
-
 class _Trim:
-    """Trims one part of a parameter block by block, and keeps count of the ties still to keep."""
+    """Trims the task vectors of a span part by part, and keeps count of the ties still to keep."""
 
-    def __init__(self, cuts: Sequence[tuple[float, int]]) -> None:
-        self.thresholds = [threshold for threshold, _ in cuts]
-        self.ties = [ties for _, ties in cuts]
+    def __init__(self, cuts: Sequence[_Cut], start: int = 0, size: int | None = None) -> None:
+        found = [cut.within(start, size) for cut in cuts]
+        self._thresholds = [threshold for threshold, _ in found]
+        self._ties = [ties for _, ties in found]
 
-    def space(self, base: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Room for the trimmed entries of all rows, to be used again."""
-        wide = torch.promote_types(torch.promote_types(base.dtype, rows[0].dtype), torch.float32)
-        stack = base.new_empty((len(rows), len(base)), dtype=wide)
-        return (stack, *stack)
-
-    def __call__(
-        self, base: Tensor, rows: Sequence[Tensor], space: tuple[Tensor, ...] | None = None
-    ) -> Tensor:
-        stack, *trimmed = space or self.space(base, rows)
-        if stack.shape[1] != len(base):
-            stack, *trimmed = self.space(base, rows)
-        origin = base.to(stack.dtype)
-        for t, (row, out) in enumerate(zip(rows, trimmed, strict=True)):
-            torch.sub(row if row.dtype == stack.dtype else row.to(stack.dtype), origin, out=out)
-            if self.ties[t] == 0:
-                torch.hardshrink(out, self.thresholds[t], out=out)
-                continue
-            kept, used = trim_by(out, self.thresholds[t], self.ties[t])
-            out.copy_(kept)
-            self.ties[t] -= used
-        return stack
+    def __call__(self, t: int, part: slice, vector: Tensor) -> None:
+        if self._ties[t] == 0:
+            torch.hardshrink(vector, self._thresholds[t], out=vector)
+            return
+        kept, used = trim_by(vector, self._thresholds[t], self._ties[t])
+        vector.copy_(kept)
+        self._ties[t] -= used
 
 
-def _elected(base: Tensor, trimmed: Tensor) -> Tensor:
+def _blockwise(cuts: Sequence[_Cut], merge: MergeThinned) -> BlockMerge:
+    return in_blocks(lambda _, start, size: _Trim(cuts, start, size), merge)
+
+
+def _elected(base: Tensor, trimmed: Tensor, room: Room) -> Tensor:
     return elect(trimmed)
 
 
@@ -227,8 +200,10 @@ class _Model:
                 self.method.task_vector_reader(name, self.base, task, self.experts[task])
                 for task in searches
             ]
-            look = partial(_look, read, tuple(searches.values()), first)
-            chunks = range(-(-math.prod(shape_of(self.base, name)) // CHUNK))
+            size = math.prod(shape_of(self.base, name))
+            room = PerThread(partial(torch.empty, min(CHUNK, size)))
+            look = partial(_look, read, tuple(searches.values()), first, room)
+            chunks = range(-(-size // CHUNK))
             map_on_cores(look, chunks, size=CHUNK * len(read))
             first += len(chunks)
 
@@ -239,11 +214,15 @@ class _Model:
 
 
 def _look(
-    read: Sequence[Callable[[slice], Tensor]], searches: Sequence[Search], first: int, chunk: int
+    read: Sequence[TaskVectorReader],
+    searches: Sequence[Search],
+    first: int,
+    room: PerThread[Tensor],
+    chunk: int,
 ) -> None:
     part = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
     for read_one, search in zip(read, searches, strict=True):
-        search.look(first + chunk, read_one(part))
+        search.look(first + chunk, read_one(part, room.get()).abs_())
 
 
 def agreeing_task_vectors(
@@ -266,8 +245,10 @@ def agreeing_task_vectors(
     cuts = model.cuts(names)
     majority = model.majority_sign(names, cuts)
     for name in names:
-        rows = [expert[name].detach().reshape(-1) for expert in experts.values()]
-        trimmed = _Trim([cut.within() for cut in cuts[name]])(base[name].detach().reshape(-1), rows)
+        trimmed = method.task_vectors(name, base, experts).flatten(1)
+        trim = _Trim(cuts[name])
+        for t, row in enumerate(trimmed.unbind()):
+            trim(t, slice(None), row)
         signs = elect(trimmed)
         cancelled = (signs == 0) & (trimmed != 0).any(0)
         yield name, agreeing(trimmed, torch.where(cancelled, majority, signs))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_merge.functional.dare import bernoulli, random_words
-from lightning_merge.methods import DARE, TIES, TaskArithmetic
+from lightning_merge.methods import DARE, TIES, TaskArithmetic, walk
 from tests.methods.models import flat, model_sets, models
 
 
@@ -105,3 +105,12 @@ def test_kept_entries_of_many_blocks_are_those_of_the_words():
     merged = DARE(density=0.3, scale=0.3, seed=3).merge(base, {"a": expert})["w"]
     kept = random_words(3, "a", "w", size).double() < 0.3 * 2**32 - 2**31
     torch.testing.assert_close(merged, expert["w"] * kept, rtol=1e-6, atol=0)
+
+
+def test_where_task_vectors_cancel_the_sign_is_that_of_most_entries_of_the_parameter():
+    size = 2 * walk.BLOCK + 100
+    one, other = -torch.ones(size), -torch.ones(size)
+    one[-100:] = 1.0  # in the last block there is nothing but cancellation
+    base, experts = {"w": torch.zeros(size)}, {"a": {"w": one}, "b": {"w": other}}
+    merged = DARE(density=1.0, combine="ties", scale=1.0).merge(base, experts)["w"]
+    assert torch.equal(merged, -torch.ones(size))

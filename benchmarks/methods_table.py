@@ -1,14 +1,22 @@
 """Every method on experts that were trained: uncorrected, and under three corrections.
 
 ``python -m benchmarks.methods_table [--suites NAME ...] [--seeds N ...] [--methods NAME ...]``
+
+Every figure is kept beside the experts as soon as it is measured (``ROOT/methods_table``), so the
+command continues where it was stopped, and suites may be measured side by side; a method whose
+hyper-parameters have changed is measured again.
 """
 
+import json
 import re
 import statistics
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +24,7 @@ from benchmarks.features import Merge, References, backbone, merge, references
 from benchmarks.results import mean_and_spread, run, spent, table, write
 from benchmarks.suites import ROOT, Experts, build
 from lightning_merge.correction import CorrectionOptions
+from lightning_merge.files import write_json
 from lightning_merge.methods import (
     DARE,
     DELLA,
@@ -112,6 +121,8 @@ class Numbers:
         return statistics.fmean(self.values["uncorrected"])
 
 
+Figures = dict[str, Any]
+"""What is kept of one method on one suite and seed: ``values`` by name, or the ``problem``."""
 Found = dict[str, dict[str, Numbers]]
 """By suite and method."""
 
@@ -145,6 +156,28 @@ def measure(experts: Experts, known: References, row: Row) -> dict[str, float]:
     return {**found, "seconds": seconds, "MiB": memory}
 
 
+def measured(experts: Experts, known: Callable[[], References], row: Row, kept: Path) -> Figures:
+    """What :func:`measure` gives, read if it was kept for the very same method, else kept.
+
+    Args:
+        experts: Of one suite and seed.
+        known: Their references, asked for only where something is measured.
+        row: The method.
+        kept: The file.
+    """
+    if kept.exists():
+        found: Figures = json.loads(kept.read_text(encoding="utf-8"))
+        if found["method"] == repr(row):
+            return found
+    fresh: Figures = {"method": repr(row)}
+    try:
+        fresh["values"] = measure(experts, known(), row)
+    except ValueError as error:  # a method that these experts are not for says so
+        fresh["problem"] = str(error)
+    write_json(kept, fresh)
+    return fresh
+
+
 def main(
     suites: list[str] = ["glyphs-convnext", "glyphs-vit"],  # noqa: B006
     seeds: list[int] = [0, 1, 2],  # noqa: B006
@@ -171,17 +204,15 @@ def main(
         rows = found[suite] = {name: Numbers() for name in methods}
         for done, seed in enumerate(seeds, 1):
             experts = build(suite, seed, Path(root))
-            known = references(experts)
+            known = cache(partial(references, experts))
+            folder = Path(root) / "methods_table" / suite / str(seed)
             for name, numbers in rows.items():
-                try:
-                    fresh = measure(experts, known, METHODS[name])
-                except ValueError as error:  # a method that these experts are not for says so
-                    numbers.problem = str(error)
-                    print(f"{suite} {seed} {name}: {error}", flush=True)
-                    continue
-                for key, value in fresh.items():
+                fresh = measured(experts, known, METHODS[name], folder / f"{name}.json")
+                numbers.problem = fresh.get("problem", "")
+                for key, value in fresh.get("values", {}).items():
                     numbers.values[key].append(value)
-                print(suite, seed, f"{name:26} {fresh['uncorrected']:.3f}", flush=True)
+                shown = numbers.problem or f"{fresh['values']['uncorrected']:.3f}"
+                print(suite, seed, f"{name:26} {shown}", flush=True)
             write(
                 "methods_table", "Methods on trained experts", seeds[:done], sections(found), output
             )

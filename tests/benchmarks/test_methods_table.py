@@ -13,6 +13,7 @@ from benchmarks.methods_table import (
     Numbers,
     Row,
     measure,
+    measured,
     order,
     page_numbers,
     write_page,
@@ -65,6 +66,21 @@ def test_numbers_are_those_of_the_merged_model(experts):
     assert numbers["default, equal"] == pytest.approx(accuracy["priority"])
     assert numbers["default, priority"] == pytest.approx(accuracy["priority"])
     assert numbers["default, one-hot"] == pytest.approx(accuracy["own"])
+
+
+def test_figures_are_kept_until_the_method_changes(experts, tmp_path):
+    known, kept = references(experts), tmp_path / "suite" / "average.json"
+    first = measured(experts, lambda: known, Row(Average()), kept)
+    assert first["values"]["uncorrected"] > 0
+
+    def never():
+        raise AssertionError("measured again")
+
+    assert measured(experts, never, Row(Average()), kept) == first
+    other = measured(experts, lambda: known, Row(TaskArithmetic(scale=0.0)), kept)
+    assert other["values"]["uncorrected"] != first["values"]["uncorrected"]
+    refused = measured(experts, lambda: known, Row(Slerp(), tasks=1), kept)
+    assert "two" in refused["problem"]
 
 
 class Halfway(CalibratedMethod):

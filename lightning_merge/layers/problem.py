@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.functional.projection import Quadratic, damped, same_input, weighted_sum
+from lightning_merge.layers.coordinates import Coordinates
 from lightning_merge.layers.sites import Site
 from lightning_merge.layers.statistics import LayerSums
 
@@ -29,6 +30,8 @@ class LayerProblem:
     """Energy of the targets by task."""
     counts: Sequence[float]
     """Columns by task."""
+    coordinates: Coordinates | None = None
+    """What the problem of a wide layer is written in; then (g, o, i) is (g·o, 1, E)."""
 
     @property
     def totals(self) -> list[Quadratic]:
@@ -67,6 +70,7 @@ def layer_problem(
     *,
     residual_gram: bool = False,
     off_diagonal: float = 1.0,
+    coordinates: Coordinates | None = None,
 ) -> LayerProblem:
     """The problem of a layer, from its matrices (g, o, i) and the sums of every task.
 
@@ -79,6 +83,7 @@ def layer_problem(
         sums: Sums of every task, in the experts' order.
         residual_gram: Keep the second moments of the residuals.
         off_diagonal: RegMean's factor of the off-diagonal second moments.
+        coordinates: What matrices and sums are written in, if not in the layer's own inputs.
     """
     deltas = torch.stack(list(experts)) - base
     parts, energies = [], []
@@ -98,4 +103,5 @@ def layer_problem(
         parts=parts,
         target_energies=energies,
         counts=[task.count for task in sums],
+        coordinates=coordinates,
     )

@@ -9,14 +9,14 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.functional.bases import FREE, BasisName, Directions, make_basis
+from lightning_merge.functional.bases import FREE, GIVEN, BasisName, Directions, make_basis
 from lightning_merge.functional.coefficients import SMALL_RIDGE, Ridge, solve_system
 from lightning_merge.functional.preference import as_preference
 from lightning_merge.functional.projection import System
 from lightning_merge.functional.quadratic import Constraint
 from lightning_merge.layers.collecting import Collecting
 from lightning_merge.layers.problem import LayerProblem, TaskScale
-from lightning_merge.layers.sites import Kind, Site
+from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import LayerSums, Sampling
 from lightning_merge.layers.streams import CacheOptions
 from lightning_merge.methods.average import Average
@@ -95,7 +95,9 @@ class OutputProjection(CalibratedMethod):
     seed: int = 0
     """Of the draw."""
     max_inputs: int = 8192
-    """Layers with more inputs of an output are left to the fallback, with a warning."""
+    """Layers with more inputs of an output are solved from the outputs of the updates in the basis
+    (``task``, ``task_global``, ``row``, ``block``, ``span``), or left to the fallback, with a
+    warning: second moments of their inputs would not fit."""
     cache_gigabytes: float = 4.0
     """Host memory for inputs of the current block; above it, every layer takes whole passes."""
 
@@ -158,13 +160,18 @@ class OutputProjection(CalibratedMethod):
     ) -> tuple[dict[str, Tensor], list[LayerReport]]:
         """Merge in parallel mode from statistics, with no pass over the inputs.
 
-        Another preference, basis, ridge or constraint is solved from the same statistics.
+        Another preference, basis, ridge or constraint is solved from the same statistics. Those of
+        layers with more than ``max_inputs`` inputs hold the outputs of the heuristics and of the
+        fallback they were collected with, and serve these alone.
 
         Args:
             base: The pre-trained weights.
             experts: Fine-tuned weights by task.
             calibration: As they were collected with.
             statistics: What :meth:`statistics` gave.
+
+        Raises:
+            ValueError: If they lack a layer, or the outputs of a heuristic in a wide layer.
         """
         return _Solver(self, base, experts, calibration).parallel(statistics)
 
@@ -219,11 +226,9 @@ class _Solver:
             method.layers,
             method._collecting,
             max_inputs=method.max_inputs,
+            heuristics=method.heuristics,
+            solve_wide=method.basis in GIVEN,
         )
-        self.included = {
-            f"{type(one).__name__} {number}": one.merge(base, experts)
-            for number, one in enumerate(method.heuristics)
-        }
         self.reports: list[LayerReport] = []
 
     def _average_weights(self, experts: Mapping[str, StateDict]) -> dict[str, float] | None:
@@ -262,19 +267,22 @@ class _Solver:
     ) -> tuple[dict[str, Tensor], list[LayerReport]]:
         """All layers from the sums of the experts' inputs."""
         walk = self.walk
+        missing = [site.name for site in walk.sites if site.name not in statistics]
+        if missing:
+            raise ValueError(
+                f"the statistics lack {len(missing)} layers, such as {', '.join(missing[:5])}: "
+                "collect them with this basis, layers and max_inputs."
+            )
         shared = self._global(statistics) if self.method.basis == "task_global" else None
         for site in walk.sites:
             problem = walk.problem(site, statistics[site.name])
-            update = self.solve(problem, walk.fallback_update(site), shared)
-            walk.write(site, update)
+            walk.write(problem, self.solve(problem, shared))
         self._warn()
         return walk.finished(), self.reports
 
-    def solve(
-        self, problem: LayerProblem, fallback: Tensor, shared: Tensor | None = None
-    ) -> Tensor:
+    def solve(self, problem: LayerProblem, shared: Tensor | None = None) -> Tensor:
         """The update of one layer; ``shared`` are coefficients of all layers, (1, 1, E)."""
-        inputs = self._inputs(problem, fallback)
+        inputs = self._inputs(problem)
         options = self.method._options().for_kind(problem.site.kind)
         if shared is not None and options.basis == "task_global":
             elements = torch.cat(
@@ -309,7 +317,7 @@ class _Solver:
             if self.method._options().for_kind(site.kind).basis != "task_global":
                 continue
             problem = self.walk.problem(site, statistics[site.name])
-            inputs = self._inputs(problem, self.walk.fallback_update(site))
+            inputs = self._inputs(problem)
             elements = torch.cat(
                 [inputs.deltas, *(x[None] for x in list(inputs.heuristics.values())[1:])]
             )
@@ -323,24 +331,17 @@ class _Solver:
         start[0, 0, : len(self.preference)] = self.preference
         return solve_system(total, start, self._global_ridge, self.method.constraint)
 
-    def _inputs(self, problem: LayerProblem, fallback: Tensor) -> LayerInputs:
+    def _inputs(self, problem: LayerProblem) -> LayerInputs:
         weights = problem.weights(self.preference.tolist(), self.method.task_scale)
         total, folds = problem.weighted(weights)
-        site = problem.site
-        heuristics = {"fallback": fallback}
-        for name, state in self.included.items():
-            heuristics[name] = self._update_of(site, state)
         return LayerInputs(
-            name=site.name,
+            name=problem.site.name,
             total=total,
             folds=folds,
             deltas=problem.deltas,
-            heuristics=heuristics,
+            heuristics=self.walk.updates(problem),
             preference=self.preference,
         )
-
-    def _update_of(self, site: Site, state: StateDict) -> Tensor:
-        return site.matrix(state, bias=True) - self.walk.matrix(site)
 
     def _warn(self) -> None:
         lacking = [r for r in self.reports if 0 <= r.rank < r.unknowns]

@@ -56,6 +56,13 @@ class LayerProblem:
             weights.append(p / divisor if divisor > 0 else 0.0)
         return weights
 
+    def observations(self, weights: Sequence[float]) -> float:
+        """Columns times outputs of the tasks that count; what drawn columns stand for included."""
+        columns = sum(n for n, w in zip(self.counts, weights, strict=True) if w > 0)
+        _, g, o, _ = self.deltas.shape
+        # A token number meets one of the g rows of an embedding; any other column meets all.
+        return columns * (o if self.site.kind == "embedding" else g * o)
+
     def weighted(self, weights: Sequence[float]) -> tuple[Quadratic, list[Quadratic]]:
         """The objective of all tasks together: over all samples, and by fold."""
         folds = [weighted_sum(fold, weights) for fold in zip(*self.parts, strict=True)]

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.functional.bases import FREE, GIVEN, BasisName, Directions, make_basis
-from lightning_merge.functional.coefficients import SMALL_RIDGE, Ridge, solve_system
+from lightning_merge.functional.coefficients import (
+    SMALL_RIDGE,
+    ChosenRidge,
+    Ridge,
+    searched_ridge,
+    solve_system,
+)
 from lightning_merge.functional.preference import as_preference
-from lightning_merge.functional.projection import System
+from lightning_merge.functional.projection import joined_system
 from lightning_merge.functional.quadratic import Constraint
 from lightning_merge.layers.collecting import Collecting
 from lightning_merge.layers.problem import LayerProblem, TaskScale
@@ -71,7 +77,8 @@ class OutputProjection(CalibratedMethod):
     """What makes tasks comparable: relative errors, errors a column, or sums."""
     ridge: Ridge = None
     """Pull to the average, relative to the mean curvature; ``auto``: least error on folds left out;
-    null: 1e-3 for free matrices, 1e-6 for coefficients."""
+    without folds (``num_folds`` null, or samples in one alone) least generalised
+    cross-validation; null: 1e-3 for free matrices, 1e-6 for coefficients."""
     layers: tuple[Kind, ...] = ALL_KINDS
     """Kinds of layers that are solved."""
     fallback: WeightMethod | None = None
@@ -89,7 +96,8 @@ class OutputProjection(CalibratedMethod):
     num_blocks: int = 8
     """Blocks of ``block``, such as heads."""
     num_folds: int | None = 5
-    """Folds for the safeguard and ``ridge=auto``; null: none, and a fifth of the memory."""
+    """Folds for the safeguard and ``ridge=auto``; null: none, a fifth of the memory, and the ridge
+    by generalised cross-validation."""
     tokens_per_sample: int | None = 64
     """At most as many columns (tokens, patches) of each sample, drawn by a hash; null: all."""
     seed: int = 0
@@ -201,6 +209,15 @@ class OutputProjection(CalibratedMethod):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all layers share."""
+
+    coefficients: Tensor
+    """(E,), of the task vectors and the heuristics."""
+    ridge: ChosenRidge
+
+
 class _Solver:
     """One merge: the walk through the layers, and the report that grows with it."""
 
@@ -280,56 +297,59 @@ class _Solver:
         self._warn()
         return walk.finished(), self.reports
 
-    def solve(self, problem: LayerProblem, shared: Tensor | None = None) -> Tensor:
-        """The update of one layer; ``shared`` are coefficients of all layers, (1, 1, E)."""
+    def solve(self, problem: LayerProblem, shared: Shared | None = None) -> Tensor:
+        """The update of one layer, from coefficients of all layers where there are such."""
         inputs = self._inputs(problem)
         options = self.method._options().for_kind(problem.site.kind)
         if shared is not None and options.basis == "task_global":
-            elements = torch.cat(
-                [inputs.deltas, *(x[None] for x in list(inputs.heuristics.values())[1:])]
-            )
-            update = torch.tensordot(shared[0, 0], elements, 1)
+            update = torch.tensordot(shared.coefficients, self._elements(inputs), 1)
             report = LayerReport(
                 name=inputs.name,
                 basis="task_global",
                 captured=inputs.total.captured(update),
                 held_out=math.nan,
                 heuristics={n: inputs.total.captured(u) for n, u in inputs.heuristics.items()},
-                ridge=self._global_ridge,
+                ridge=shared.ridge.value,
                 rank=-1,
-                unknowns=shared.shape[-1],
+                unknowns=len(shared.coefficients),
                 kept="solution",
-                coefficients=tuple(shared[0, 0].tolist()),
+                coefficients=tuple(shared.coefficients.tolist()),
+                ridge_source=shared.ridge.source,
             )
         else:
             update, report = solve_layer(inputs, options)
         self.reports.append(report)
         return update
 
-    @property
-    def _global_ridge(self) -> float:
-        return self.method.ridge if isinstance(self.method.ridge, float) else SMALL_RIDGE
+    def _elements(self, inputs: LayerInputs) -> Tensor:
+        included = list(inputs.heuristics.values())[1:]
+        return torch.cat([inputs.deltas, *(update[None] for update in included)])
 
-    def _global(self, statistics: Mapping[str, Sequence[LayerSums]]) -> Tensor:
+    def _global(self, statistics: Mapping[str, Sequence[LayerSums]]) -> Shared:
         """Coefficients that all layers share, from the sum of their systems."""
-        systems = []
+        totals, by_fold, observations = [], [], 0.0
         for site in self.walk.sites:
             if self.method._options().for_kind(site.kind).basis != "task_global":
                 continue
-            problem = self.walk.problem(site, statistics[site.name])
-            inputs = self._inputs(problem)
-            elements = torch.cat(
-                [inputs.deltas, *(x[None] for x in list(inputs.heuristics.values())[1:])]
-            )
-            systems.append(make_basis("task", inputs.total, elements).system(inputs.total))
-        total = System(
-            gram=torch.stack([system.gram for system in systems]).sum(0),
-            cross=torch.stack([system.cross for system in systems]).sum(0),
-            energy=math.fsum(system.energy for system in systems),
-        )
+            inputs = self._inputs(self.walk.problem(site, statistics[site.name]))
+            basis = make_basis("task", inputs.total, self._elements(inputs))
+            totals.append(basis.system(inputs.total))
+            by_fold.append([basis.system(fold) for fold in inputs.folds])
+            observations += inputs.observations
+        total = joined_system(totals)
         start = torch.zeros_like(total.cross)
         start[0, 0, : len(self.preference)] = self.preference
-        return solve_system(total, start, self._global_ridge, self.method.constraint)
+        ridge = self.method.ridge
+        if ridge == "auto":
+            folds = [joined_system(layers) for layers in zip(*by_fold, strict=True)]
+            splits = [(total.minus(fold), fold, start) for fold in folds if fold.energy > 0]
+            chosen = searched_ridge(total, start, splits, observations, SMALL_RIDGE)
+        elif ridge is None:
+            chosen = ChosenRidge(SMALL_RIDGE, "default")
+        else:
+            chosen = ChosenRidge(float(ridge), "given")
+        found = solve_system(total, start, chosen.value, self.method.constraint)
+        return Shared(found[0, 0], chosen)
 
     def _inputs(self, problem: LayerProblem) -> LayerInputs:
         weights = problem.weights(self.preference.tolist(), self.method.task_scale)
@@ -341,9 +361,19 @@ class _Solver:
             deltas=problem.deltas,
             heuristics=self.walk.updates(problem),
             preference=self.preference,
+            observations=problem.observations(weights),
         )
 
     def _warn(self) -> None:
+        few = [r for r in self.reports if r.ridge_source == "too few samples"]
+        if few:
+            warnings.warn(
+                f"ridge='auto' cannot be chosen for {len(few)} layers, whose samples are too few "
+                f"for their unknowns, and is the default there: "
+                f"{', '.join(f'{r.name} ({r.ridge:g})' for r in few[:5])}. Give more calibration "
+                "inputs, or a ridge.",
+                stacklevel=4,
+            )
         lacking = [r for r in self.reports if 0 <= r.rank < r.unknowns]
         if self.method.basis in FREE and self.method.ridge != 0:
             return  # the ridge settles what the inputs leave open

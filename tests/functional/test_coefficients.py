@@ -12,9 +12,11 @@ from lightning_merge.functional.coefficients import (
     GRID,
     Start,
     chosen_ridge,
+    held_out,
     searched_ridge,
 )
 from lightning_merge.functional.projection import Quadratic
+from lightning_merge.functional.quadratic import Constraint
 from tests.functional.test_projection import problem, quadratic
 
 TASKS, OUTPUTS, INPUTS, SAMPLES = 2, 4, 3, 5
@@ -131,3 +133,39 @@ def test_two_folds_with_samples_are_enough_for_held_out_errors():
             error += test.objective(torch.tensor(np.linalg.solve(A, b))[None, None])
         errors.append(error)
     assert found.value == pytest.approx(float(GRID[int(np.argmin(errors))]))
+
+
+@pytest.mark.parametrize("basis", ["task", "row", "block", "full"])
+@pytest.mark.parametrize("ridge", [1e-3, 0.3])
+def test_held_out_errors_are_those_of_refits_without_each_fold(basis, ridge):
+    deltas, xs, rs, weights = problem(TASKS, OUTPUTS, INPUTS, 9, 4)
+    elements = torch.tensor(deltas)[:, None]
+    average = np.full(TASKS, 1 / TASKS)
+    start = Start(update=elements.mean(0), weights=torch.tensor(average))
+    prior = deltas.mean(0) if basis == "full" else np.tile(average, (OUTPUTS, 1))
+    folds = [range(3), range(3, 5), range(5, 99)]
+
+    def cut(values, fold, inside):
+        return [v[:, [(j in fold) == inside for j in range(v.shape[1])]] for v in values]
+
+    def stacked(values):
+        return np.concatenate([np.sqrt(w) * v for w, v in zip(weights, values, strict=True)], 1)
+
+    expected = 0.0
+    for fold in folds:
+        x, r = (stacked(cut(values, fold, inside=False)) for values in (xs, rs))
+        left_x, left_r = (stacked(cut(values, fold, inside=True)) for values in (xs, rs))
+        trained, tested = designs(basis, deltas, x), designs(basis, deltas, left_x)
+        unit = np.mean([np.diag(a.T @ a).mean() for a, _ in trained])
+        for number, ((a, rows), (b, _)) in enumerate(zip(trained, tested, strict=True)):
+            curvature = a.T @ a + ridge * unit * np.eye(a.shape[1])
+            right = a.T @ r[rows].ravel() + ridge * unit * prior[number]
+            expected += ((b @ np.linalg.solve(curvature, right) - left_r[rows].ravel()) ** 2).sum()
+
+    def make(one):
+        return make_basis(basis, one, elements, num_blocks=2)
+
+    parts = [quadratic(cut(xs, f, inside=True), cut(rs, f, inside=True), weights) for f in folds]
+    total = quadratic(xs, rs, weights)
+    found = held_out(make, total, parts, start, ridge, Constraint())
+    assert found == pytest.approx(expected, rel=1e-9)

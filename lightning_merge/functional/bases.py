@@ -23,6 +23,8 @@ BasisName: TypeAlias = Literal[
 Directions: TypeAlias = Literal["residual", "reachable", "identity"]
 FREE = ("full", "subspace")
 """Bases of free matrices, whose unknowns are no coefficients of given updates."""
+GIVEN = ("task", "task_global", "row", "block", "span")
+"""Bases whose updates have, in every row of the outputs, only the rows of given updates."""
 
 
 @dataclass(frozen=True, eq=False)

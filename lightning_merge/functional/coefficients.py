@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.functional.bases import FREE, Basis
+from lightning_merge.functional.gcv import ridge_spectrum
 from lightning_merge.functional.kfold import rotated_fold
 from lightning_merge.functional.projection import Quadratic, System
 from lightning_merge.functional.quadratic import Constraint, solve_constrained
@@ -60,29 +61,87 @@ def default_ridge(basis: Basis) -> float:
     return FREE_RIDGE if basis.name in FREE else SMALL_RIDGE
 
 
-def chosen_ridge(
-    make: MakeBasis, total: Quadratic, folds: Sequence[Quadratic], start: Start, ridge: Ridge
-) -> float:
-    """The relative ridge: the one given, the basis's own, or that of the least held-out error.
+@dataclass(frozen=True)
+class ChosenRidge:
+    """A relative ridge, and where it comes from."""
 
-    With ``auto``, constraints do not enter the search. It needs two folds with samples, and falls
-    back to the basis's own ridge without.
+    value: float
+    source: Literal["given", "default", "folds", "gcv", "too few samples"]
+    """``too few samples``: ``auto`` had nothing to go by, and it is the basis's own."""
+
+
+Split: TypeAlias = tuple[System, System, Tensor]
+"""A system to train on, one of the samples left out, and what the ridge pulls towards."""
+
+
+def chosen_ridge(
+    make: MakeBasis,
+    total: Quadratic,
+    folds: Sequence[Quadratic],
+    start: Start,
+    ridge: Ridge,
+    observations: float,
+) -> ChosenRidge:
+    """The relative ridge: the one given, the basis's own, or with ``auto`` :func:`searched_ridge`.
+
+    Args:
+        make: Gives the basis for the samples to train on.
+        total: The objective on all samples.
+        folds: On each fold.
+        start: What the ridge pulls towards.
+        ridge: What is asked for.
+        observations: Columns times outputs.
     """
     if isinstance(ridge, (int, float)):
-        return float(ridge)
+        return ChosenRidge(float(ridge), "given")
     basis = make(total)
-    used = [fold for fold in folds if fold.energy > 0]
-    if ridge is None or len(used) < 2:
-        return default_ridge(basis)
-    scores = torch.zeros_like(GRID)
-    for fold in used:
-        rest = total.minus(fold)
-        trained = make(rest)
-        train, test = trained.system(rest), trained.system(fold)
-        curves = rotated_fold(train.cross, train.gram, test.cross, test.gram, test.energy)
-        prior = trained.start(start.update, start.weights)
-        scores += curves.curve(prior @ curves.basis)(GRID * ridge_unit(train)).cpu()
-    # Ties go to the stronger ridge.
+    if ridge is None:
+        return ChosenRidge(default_ridge(basis), "default")
+    splits: list[Split] = []
+    for fold in folds:
+        if fold.energy > 0:
+            rest = total.minus(fold)
+            trained = make(rest)
+            prior = trained.start(start.update, start.weights)
+            splits.append((trained.system(rest), trained.system(fold), prior))
+    prior = basis.start(start.update, start.weights)
+    return searched_ridge(basis.system(total), prior, splits, observations, default_ridge(basis))
+
+
+def searched_ridge(
+    total: System, prior: Tensor, splits: Sequence[Split], observations: float, default: float
+) -> ChosenRidge:
+    r"""The relative ridge of the least error on samples left out; constraints do not enter.
+
+    Without two folds with samples, that of the least generalised cross-validation, with the N
+    observations, and the residuals and degrees of freedom of all problems together:
+
+    .. math:: N\,\mathrm{RSS} / (N - 1.4\,\mathrm{DF})^2
+
+    Args:
+        total: The system of all samples.
+        prior: What the ridge pulls towards, (b, k, K).
+        splits: One for each fold with samples.
+        observations: N.
+        default: Taken where even the strongest ridge leaves too many degrees of freedom.
+    """
+    if len(splits) > 1:
+        scores = torch.zeros_like(GRID)
+        for train, test, towards in splits:
+            curves = rotated_fold(train.cross, train.gram, test.cross, test.gram, test.energy)
+            scores += curves.curve(towards @ curves.basis)(GRID * ridge_unit(train)).cpu()
+        return ChosenRidge(_strongest_least(scores), "folds")
+    # Of k observations each.
+    samples = observations / total.cross.shape[-2]
+    spectrum = ridge_spectrum(total.cross, total.gram, total.energy, prior, samples)
+    scores = spectrum.gcv((GRID * ridge_unit(total)).to(total.gram)).cpu()
+    if not bool(scores.isfinite().any()):
+        return ChosenRidge(default, "too few samples")
+    return ChosenRidge(_strongest_least(scores), "gcv")
+
+
+def _strongest_least(scores: Tensor) -> float:
+    """The ridge of the least score; ties go to the stronger one."""
     return float(GRID.flip(0)[scores.flip(0).argmin()])
 
 

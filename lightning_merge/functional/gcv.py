@@ -15,16 +15,18 @@ class RidgeSpectrum:
     With :math:`G = Q \Lambda Q^\top`, :math:`B = A - W_0 G` and
     :math:`c_j = \|(B Q)_{:,j}\|^2 / \lambda_j`. The prior counts as fixed: these scores do not
     charge for fitting it, and overrate it where there are fewer samples than features.
+
+    Problems side by side that share the ridge are one: their directions and samples are joined.
     """
 
     samples: float
-    """Number of samples n."""
+    """Number of samples n, of k observations each."""
     outputs: int
     """Width k."""
     eigenvalues: Tensor
-    """Of G, (d,)."""
+    """Of G, (d,); of all problems, (b d,)."""
     explained: Tensor
-    """c, (d,): residual energy of the prior along each direction."""
+    """c, (d,): residual energy of the prior along each direction; of all problems, (b d,)."""
     unexplained: float
     """Residual energy that no map removes."""
     fitted_means: int = 0
@@ -67,36 +69,36 @@ class RidgeSpectrum:
 
 
 def ridge_spectrum(
-    cross: Float[Tensor, "k d"],
-    gram: Float[Tensor, "d d"],
+    cross: Float[Tensor, "*batch k d"],
+    gram: Float[Tensor, "*batch d d"],
     energy: float,
-    prior: Float[Tensor, "k d"],
+    prior: Float[Tensor, "*batch k d"],
     samples: float,
     *,
     centred: bool = False,
 ) -> RidgeSpectrum:
-    """Prepare the scores in O(d^3 + k d^2).
+    """Prepare the scores in O(d^3 + k d^2), for one problem or for several side by side.
 
     Args:
         cross: A.
         gram: G.
-        energy: e, of the expert features.
+        energy: e, of the expert features; of all problems together.
         prior: W0.
-        samples: n.
+        samples: n; of all problems together.
         centred: Whether the moments are about their means.
     """
     values, Q = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
-    energies = ((cross - prior @ gram) @ Q).square().sum(0)
-    seen = values > 1e-12 * values[-1]
+    energies = ((cross - prior @ gram) @ Q).square().sum(-2)
+    seen = values > 1e-12 * values[..., -1:]
     explained = torch.where(seen, energies / torch.where(seen, values, 1.0), 0.0)
     left = energy - 2 * float((prior * cross).sum()) + float(((prior @ gram) * prior).sum())
     return RidgeSpectrum(
         samples=samples,
-        outputs=len(cross),
-        eigenvalues=values,
-        explained=explained,
-        unexplained=max(0.0, left - math.fsum(explained.tolist())),
+        outputs=cross.shape[-2],
+        eigenvalues=values.flatten(),
+        explained=explained.flatten(),
+        unexplained=max(0.0, left - math.fsum(explained.flatten().tolist())),
         fitted_means=int(centred),
     )
 

@@ -116,6 +116,14 @@ class System:
         value = (coefficients @ self.gram - 2 * self.cross) * coefficients
         return float(value.sum()) + self.energy
 
+    def minus(self, part: "System") -> "System":
+        """The system of the samples that are not in ``part``."""
+        return System(
+            gram=self.gram - part.gram,
+            cross=self.cross - part.cross,
+            energy=self.energy - part.energy,
+        )
+
     @property
     def captured(self) -> float:
         r"""Share of the energy that the best coefficients remove, in [0, 1]; NaN if e = 0.
@@ -165,6 +173,15 @@ def summed_system(rows: System, groups: Int[Tensor, " r"] | None = None) -> Syst
     gram = rows.gram.new_zeros(count, *rows.gram.shape[1:]).index_add_(0, groups, rows.gram)
     cross = rows.cross.new_zeros(count, *rows.cross.shape[1:]).index_add_(0, groups, rows.cross)
     return System(gram=gram, cross=cross, energy=rows.energy)
+
+
+def joined_system(systems: Sequence[System]) -> System:
+    """Systems of one shape that share their coefficients, such as those of several layers."""
+    return System(
+        gram=torch.stack([system.gram for system in systems]).sum(0),
+        cross=torch.stack([system.cross for system in systems]).sum(0),
+        energy=math.fsum(system.energy for system in systems),
+    )
 
 
 def combine_rows(

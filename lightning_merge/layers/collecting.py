@@ -1,20 +1,29 @@
 """Sums of layers over the calibration inputs, from the experts' passes or the merged network's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_merge.layers.capture import hooked
+from lightning_merge.layers.coordinates import Coordinates, by_row, outputs
 from lightning_merge.layers.sites import Site
 from lightning_merge.layers.statistics import LayerSums, Picked, Sampling, pick, real_tokens
 from lightning_merge.layers.streams import Inputs, Stream
 from lightning_merge.layers.tracing import Group
 from lightning_merge.networks import call_network
 
-Matrix = Callable[[Site], Tensor]
-"""The matrix of a layer, (g, o, i), float64, on the CPU."""
+
+class Matrices(Protocol):
+    """What is asked of the weights, layer by layer."""
+
+    def matrix(self, site: Site, task: str | None = None) -> Tensor:
+        """Matrix of a layer in an expert, or in the base: (g, o, i), float64, on the CPU."""
+
+    def coordinates(self, site: Site) -> Coordinates | None:
+        """What a layer's columns are replaced by; None keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +42,7 @@ def expert_sums(
     task: str,
     sites: Sequence[Site],
     inputs: Inputs,
-    shape_of: Callable[[Site], tuple[int, int, int]],
+    matrices: Matrices,
     options: Collecting,
 ) -> dict[str, LayerSums]:
     """Sums of one expert's own inputs of every layer, from one pass of this process's batches.
@@ -41,7 +50,7 @@ def expert_sums(
     They are not summed over the processes yet.
     """
     device = inputs.runtime.device
-    sums = {site.name: _empty(site, shape_of(site), options, False, device) for site in sites}
+    sums = {site.name: _empty(site, matrices, options, False, device) for site in sites}
     slices = inputs.slices(task)
     for rows in inputs.runtime.progress(slices, len(slices), f"Inputs of {task}"):
         batch = inputs.batch(task, rows)
@@ -56,7 +65,7 @@ def expert_sums(
         ) -> None:
             _check_finite(columns, site, task)
             picked = pick(columns, owned, indices, real, options.sampling)
-            _add(sums[site.name], columns, picked, options)
+            _add(sums[site.name], columns, picked, options, matrices.coordinates(site))
 
         with (
             torch.inference_mode(),
@@ -72,8 +81,7 @@ def group_sums(
     task: str,
     merged: Stream,
     expert: Stream | None,
-    shape_of: Callable[[Site], tuple[int, int, int]],
-    matrices: tuple[Matrix, Matrix] | None,
+    matrices: Matrices,
     options: Collecting,
     skip_fold: int | None = None,
 ) -> dict[str, LayerSums]:
@@ -84,18 +92,21 @@ def group_sums(
         task: Whose inputs.
         merged: The merged network as far as it is done.
         expert: The expert of the task, whose outputs are the targets; None for ``same_input``.
-        shape_of: Shape of a layer's matrix.
-        matrices: Of the base and of the expert, where there are targets.
+        matrices: Of the base and of the experts.
         options: What is collected.
         skip_fold: Samples of this fold are left out.
     """
     inputs = merged.inputs
     device = inputs.runtime.device
     sums = {
-        site.name: _empty(site, shape_of(site), options, expert is not None, device)
+        site.name: _empty(site, matrices, options, expert is not None, device)
         for site in group.sites
     }
-    maps = None if matrices is None else [_on(device, group, matrix) for matrix in matrices]
+    maps = {
+        site.name: (matrices.matrix(site).to(device), matrices.matrix(site, task).to(device))
+        for site in group.sites
+        if expert is not None and site.kind != "embedding"
+    }
     for number, rows in merged.batches(task):
         real = real_tokens(inputs.batch(task, rows))
         indices = torch.arange(rows.start, rows.stop)
@@ -107,13 +118,12 @@ def group_sums(
             picked = pick(columns, owned, indices, real, options.sampling)
             if skip_fold is not None:
                 picked = _without(picked, skip_fold)
-            if expert is None or maps is None or site.kind == "embedding":
-                _add(sums[site.name], columns, picked, options)
-                continue
-            x = design(site, columns, picked, options.bias)
-            targets = design(site, other, picked, options.bias) @ maps[1][site.name].mT
-            residuals = targets - x @ maps[0][site.name].mT
-            sums[site.name].add(x, picked, residuals, targets)
+            into, coordinates = sums[site.name], matrices.coordinates(site)
+            if expert is None or site.kind == "embedding":
+                _add(into, columns, picked, options, coordinates)
+            else:
+                both = (columns, other)
+                _add_residuals(into, both, maps[site.name], picked, options, coordinates)
     return sums
 
 
@@ -127,11 +137,42 @@ def design(site: Site, columns: Tensor, picked: Picked, bias: bool) -> Tensor:
     return flat.transpose(0, 1)
 
 
-def _add(sums: LayerSums, columns: Tensor, picked: Picked, options: Collecting) -> None:
+def _add(
+    sums: LayerSums,
+    columns: Tensor,
+    picked: Picked,
+    options: Collecting,
+    coordinates: Coordinates | None,
+) -> None:
     if sums.site.kind == "embedding":
         sums.add_numbers(columns.reshape(-1)[picked.keep], picked)
-    else:
+    elif coordinates is None:
         sums.add(design(sums.site, columns, picked, options.bias), picked)
+    else:
+        given = coordinates.stacked().to(columns.device)
+        for piece in coordinates.pieces(picked):
+            sums.add(outputs(given, design(sums.site, columns, piece, options.bias)), piece)
+
+
+def _add_residuals(
+    sums: LayerSums,
+    columns: tuple[Tensor, Tensor],
+    maps: tuple[Tensor, Tensor],
+    picked: Picked,
+    options: Collecting,
+    coordinates: Coordinates | None,
+) -> None:
+    """Add columns of the merged network and of the expert, with the residuals to reach."""
+    (ours, theirs), (base, expert) = columns, maps
+    given = None if coordinates is None else coordinates.stacked().to(ours.device)
+    for piece in [picked] if coordinates is None else coordinates.pieces(picked):
+        x = design(sums.site, ours, piece, options.bias)
+        targets = design(sums.site, theirs, piece, options.bias) @ expert.mT
+        residuals = targets - x @ base.mT
+        if given is None:
+            sums.add(x, piece, residuals, targets)
+        else:
+            sums.add(outputs(given, x), piece, by_row(residuals), by_row(targets))
 
 
 def _received(
@@ -147,10 +188,6 @@ def _received(
     return found
 
 
-def _on(device: torch.device, group: Group, matrix: Matrix) -> dict[str, Tensor]:
-    return {site.name: matrix(site).to(device) for site in group.sites if site.kind != "embedding"}
-
-
 def _without(picked: Picked, fold: int) -> Picked:
     rest = picked.folds != fold
     keep = picked.keep.clone()
@@ -160,18 +197,21 @@ def _without(picked: Picked, fold: int) -> Picked:
 
 def _empty(
     site: Site,
-    shape: tuple[int, int, int],
+    matrices: Matrices,
     options: Collecting,
     targets: bool,
     device: torch.device,
 ) -> LayerSums:
+    coordinates = matrices.coordinates(site)
+    g, o, i = matrices.matrix(site).shape
     return LayerSums(
         site,
-        shape,
+        (g, o, i) if coordinates is None else coordinates.seen_shape,
         num_folds=options.sampling.num_folds,
         targets=targets and site.kind != "embedding",
         residual_gram=options.residual_gram,
         device=device,
+        elements=() if coordinates is None else coordinates.names,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.functional.projection import Quadratic, damped, same_input, weighted_sum
+from lightning_merge.layers.coordinates import Coordinates
 from lightning_merge.layers.sites import Site
 from lightning_merge.layers.statistics import LayerSums
 
@@ -29,6 +30,8 @@ class LayerProblem:
     """Energy of the targets by task."""
     counts: Sequence[float]
     """Columns by task."""
+    coordinates: Coordinates | None = None
+    """What the problem of a wide layer is written in; then (g, o, i) is (g·o, 1, E)."""
 
     @property
     def totals(self) -> list[Quadratic]:
@@ -53,6 +56,13 @@ class LayerProblem:
             weights.append(p / divisor if divisor > 0 else 0.0)
         return weights
 
+    def observations(self, weights: Sequence[float]) -> float:
+        """Columns times outputs of the tasks that count; what drawn columns stand for included."""
+        columns = sum(n for n, w in zip(self.counts, weights, strict=True) if w > 0)
+        _, g, o, _ = self.deltas.shape
+        # A token number meets one of the g rows of an embedding; any other column meets all.
+        return columns * (o if self.site.kind == "embedding" else g * o)
+
     def weighted(self, weights: Sequence[float]) -> tuple[Quadratic, list[Quadratic]]:
         """The objective of all tasks together: over all samples, and by fold."""
         folds = [weighted_sum(fold, weights) for fold in zip(*self.parts, strict=True)]
@@ -67,6 +77,7 @@ def layer_problem(
     *,
     residual_gram: bool = False,
     off_diagonal: float = 1.0,
+    coordinates: Coordinates | None = None,
 ) -> LayerProblem:
     """The problem of a layer, from its matrices (g, o, i) and the sums of every task.
 
@@ -79,6 +90,7 @@ def layer_problem(
         sums: Sums of every task, in the experts' order.
         residual_gram: Keep the second moments of the residuals.
         off_diagonal: RegMean's factor of the off-diagonal second moments.
+        coordinates: What matrices and sums are written in, if not in the layer's own inputs.
     """
     deltas = torch.stack(list(experts)) - base
     parts, energies = [], []
@@ -98,4 +110,5 @@ def layer_problem(
         parts=parts,
         target_energies=energies,
         counts=[task.count for task in sums],
+        coordinates=coordinates,
     )

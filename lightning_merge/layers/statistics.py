@@ -105,6 +105,8 @@ class LayerSums:
         targets: Whether residuals to reach come with the columns.
         residual_gram: Whether their second moments are kept too.
         device: Where the sums live; it must know float64.
+        elements: Names of the matrices whose outputs stand in for the columns, see
+            :class:`lightning_merge.layers.coordinates.Coordinates`; none: the inputs themselves.
     """
 
     def __init__(
@@ -116,9 +118,11 @@ class LayerSums:
         targets: bool = False,
         residual_gram: bool = False,
         device: torch.device | str = "cpu",
+        elements: tuple[str, ...] = (),
     ) -> None:
         self.site = site
         self.shape = shape
+        self.elements = elements
         g, o, i = shape
         folds = num_folds or 1
         sizes: dict[str, tuple[int, ...]] = {"n": (folds,), "gram": (folds, g, i, i)}
@@ -224,6 +228,6 @@ class LayerSums:
 
     def _with(self, states: Mapping[str, Tensor]) -> "LayerSums":
         copy = LayerSums.__new__(LayerSums)
-        copy.site, copy.shape = self.site, self.shape
+        copy.site, copy.shape, copy.elements = self.site, self.shape, self.elements
         copy._states = dict(states)
         return copy

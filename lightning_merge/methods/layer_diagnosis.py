@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_merge.functional.bases import Basis, BasisName, make_basis
 from lightning_merge.functional.coefficients import Start, default_ridge, held_out, solve_system
-from lightning_merge.functional.projection import Quadratic, System
+from lightning_merge.functional.projection import Quadratic, joined_system
 from lightning_merge.functional.quadratic import Constraint
 from lightning_merge.layers.problem import LayerProblem, TaskScale
 from lightning_merge.layers.sites import Site
@@ -146,21 +146,12 @@ def _shared(problems: Problems, preference: Tensor) -> tuple[Tensor, list[Tensor
     if not totals:
         return preference, []
     start = preference.expand(1, 1, -1)
-    whole = _summed(totals)
+    whole = joined_system(totals)
     parts = []
     for fold in zip(*by_fold, strict=True):
-        part = _summed(fold)
-        rest = System(whole.gram - part.gram, whole.cross - part.cross, whole.energy - part.energy)
+        rest = whole.minus(joined_system(fold))
         parts.append(solve_system(rest, start, 1e-6, Constraint())[0, 0])
     return solve_system(whole, start, 0.0, Constraint())[0, 0], parts
-
-
-def _summed(systems: Sequence[System]) -> System:
-    return System(
-        gram=torch.stack([system.gram for system in systems]).sum(0),
-        cross=torch.stack([system.cross for system in systems]).sum(0),
-        energy=math.fsum(system.energy for system in systems),
-    )
 
 
 def _relative_energy(problem: LayerProblem) -> float:

@@ -59,6 +59,8 @@ class LayerReport:
     """What the layer got: ``solution``, or the heuristic that was better on samples left out."""
     coefficients: tuple[float, ...] = ()
     """Where one set serves the whole layer."""
+    ridge_source: str = "default"
+    """What chose the ridge, see :class:`lightning_merge.functional.coefficients.ChosenRidge`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,8 @@ class LayerInputs:
     """Updates (g, o, i) by name, the fallback's first; all but it are elements of the basis."""
     preference: Tensor
     """(T,), the coefficients that a ridge pulls towards."""
+    observations: float
+    """Columns times outputs."""
 
 
 def solve_layer(inputs: LayerInputs, options: LayerOptions) -> tuple[Tensor, LayerReport]:
@@ -101,7 +105,8 @@ def solve_layer(inputs: LayerInputs, options: LayerOptions) -> tuple[Tensor, Lay
             num_blocks=options.num_blocks,
         )
 
-    ridge = chosen_ridge(make, total, inputs.folds, start, options.ridge)
+    chosen = chosen_ridge(make, total, inputs.folds, start, options.ridge, inputs.observations)
+    ridge = chosen.value
     basis = make(total)
     system = basis.system(total)
     found = solve_system(
@@ -125,6 +130,7 @@ def solve_layer(inputs: LayerInputs, options: LayerOptions) -> tuple[Tensor, Lay
         unknowns=system.gram.shape[-1],
         kept=kept,
         coefficients=tuple(found[0, 0].tolist()) if single and options.basis not in FREE else (),
+        ridge_source=chosen.source,
     )
 
 

@@ -1,5 +1,6 @@
 """The walk of every method that solves layers on their inputs: all at once, or one by one."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,20 +11,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_merge.layers.collecting import Collecting, expert_sums, group_sums
+from lightning_merge.layers.coordinates import Coordinates
 from lightning_merge.layers.problem import LayerProblem, layer_problem
 from lightning_merge.layers.sites import Kind, Site, Sites, find_sites
 from lightning_merge.layers.statistics import LayerSums
 from lightning_merge.layers.streams import CacheOptions, Stream
 from lightning_merge.layers.tracing import Group, Trace, trace
+from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import Calibration, WeightMethod
 from lightning_merge.networks import load_backbone, named_state
 from lightning_merge.runtime import Runtime
 from lightning_merge.states import StateDict, check_compatible, tied_names
 
-Solve = Callable[[LayerProblem, Tensor], Tensor]
-"""Gives the update (g, o, i) of a layer from its problem and the fallback's update."""
+Solve = Callable[[LayerProblem], Tensor]
+"""Gives the update (g, o, i) of a layer from its problem, in the problem's coordinates."""
 TRACED = 2
 """Samples that the order of the layers is traced on."""
+BASE = "the base"
+"""Name of its matrix among those that wide layers are written in."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,12 @@ class LayerWalk:
         kinds: Layers that are solved.
         options: What is collected of them.
         off_diagonal: RegMean's factor of the off-diagonal second moments.
-        max_inputs: Layers with more inputs of an output are left to the fallback, with a warning:
-            their second moments would not fit in memory.
+        max_inputs: Layers with more inputs of an output are wide: their second moments would not
+            fit in memory.
+        heuristics: Methods whose updates are known to the solution.
+        solve_wide: Solve wide layers from the outputs of the task vectors, the fallback's update
+            and the heuristics', for solutions that combine these; else they are left to the
+            fallback, with a warning.
     """
 
     base: StateDict
@@ -70,6 +79,8 @@ class LayerWalk:
     options: Collecting
     off_diagonal: float = 1.0
     max_inputs: int = 8192
+    heuristics: Sequence[WeightMethod] = ()
+    solve_wide: bool = False
     state: dict[str, Tensor] = field(init=False)
     """The merged weights so far."""
     found: Sites = field(init=False)
@@ -91,10 +102,21 @@ class LayerWalk:
         unused = {site.name: "it does not run on the calibration inputs" for site in order.unused}
         self.found = Sites(self.found.handled, {**self.found.left, **unused})
         self.state = dict(self.fallback.merge(self.base, self.experts))
-        self._fallback = {
+        kept = {
             name: self.state[name].clone()
             for site in self.sites
             for name in (*site.weights, *site.biases)
+        }
+        self._merges: dict[str, tuple[WeightMethod, StateDict]] = {
+            "fallback": (self.fallback, kept)
+        }
+        for number, method in enumerate(self.heuristics):
+            merged = method.merge(self.base, self.experts)
+            self._merges[f"{type(method).__name__} {number}"] = (method, merged)
+        self._coordinates = {
+            site.name: Coordinates(site, self.shape(site), self._element_names, self._element)
+            for site in self.sites
+            if self._is_wide(site)
         }
         if self.order.unused:
             names = ", ".join(site.name for site in self.order.unused[:5])
@@ -104,10 +126,13 @@ class LayerWalk:
                 stacklevel=2,
             )
 
+    def _is_wide(self, site: Site) -> bool:
+        # An embedding's second moments are one number; a norm has two inputs.
+        return site.kind not in ("embedding", "norm") and self.shape(site)[2] > self.max_inputs
+
     def _within(self, found: Sites) -> Sites:
-        wide = {s.name: self.shape(s)[2] for s in found.handled if s.kind != "embedding"}
-        wide = {name: size for name, size in wide.items() if size > self.max_inputs}
-        if not wide:
+        wide = {s.name: self.shape(s)[2] for s in found.handled if self._is_wide(s)}
+        if not wide or self.solve_wide:
             return found
         warnings.warn(
             f"{len(wide)} layers have more than max_inputs={self.max_inputs} inputs and are merged "
@@ -139,20 +164,60 @@ class LayerWalk:
         g, o, i = self.matrix(site).shape
         return g, o, i
 
-    def fallback_update(self, site: Site) -> Tensor:
-        """What the fallback makes of a layer, less the base."""
-        return site.matrix(self._fallback, bias=self.options.bias) - self.matrix(site)
+    def coordinates(self, site: Site) -> Coordinates | None:
+        """What a wide layer is solved in."""
+        return self._coordinates.get(site.name)
+
+    def updates(self, problem: LayerProblem) -> dict[str, Tensor]:
+        """What the fallback (first) and each heuristic make of a layer, less the base.
+
+        Raises:
+            ValueError: If the layer is wide and its sums were collected with others.
+        """
+        site, given = problem.site, problem.coordinates
+        found = {}
+        for name, (method, state) in self._merges.items():
+            if given is None:
+                found[name] = site.matrix(state, bias=self.options.bias) - self.matrix(site)
+                continue
+            shares = _shares(method, tuple(self.experts)) or {repr(method): 1.0}
+            found[name] = torch.stack([share * given.one(of) for of, share in shares.items()]).sum(
+                0
+            )
+        return found
 
     def problem(self, site: Site, sums: Sequence[LayerSums]) -> LayerProblem:
-        """The problem of a layer from the sums of every task."""
+        """The problem of a layer from the sums of every task; wide as the sums are."""
+        tasks = list(self.experts)
+        base, experts = self.matrix(site), [self.matrix(site, task) for task in tasks]
+        given = None
+        if names := sums[0].elements:
+            given = Coordinates(site, self.shape(site), names, self._element)
+            changed = [not torch.equal(expert, base) for expert in experts]
+            base = given.one(BASE)
+            experts = [base + c * given.one(_of(t)) for t, c in zip(tasks, changed, strict=True)]
         return layer_problem(
             site,
-            self.matrix(site),
-            [self.matrix(site, task) for task in self.experts],
+            base,
+            experts,
             [one.to("cpu") for one in sums],
             residual_gram=self.options.residual_gram,
             off_diagonal=self.off_diagonal,
+            coordinates=given,
         )
+
+    @property
+    def _element_names(self) -> tuple[str, ...]:
+        tasks = tuple(self.experts)
+        others = [repr(m) for m, _ in self._merges.values() if _shares(m, tasks) is None]
+        return tuple(dict.fromkeys((BASE, *map(_of, tasks), *others)))
+
+    def _element(self, site: Site, name: str) -> Tensor:
+        if name == BASE:
+            return self.matrix(site)
+        states = {_of(task): state for task, state in self.experts.items()}
+        states |= {repr(method): state for method, state in self._merges.values()}
+        return site.matrix(states[name], bias=self.options.bias) - self.matrix(site)
 
     def expert_statistics(self) -> dict[str, list[LayerSums]]:
         """Sums of the experts' own inputs by layer, each a list over tasks; one pass a task."""
@@ -160,13 +225,16 @@ class LayerWalk:
         by_layer: dict[str, list[LayerSums]] = {site.name: [] for site in self.sites}
         for task in self.experts:
             network = self.calibration.network(task)
-            sums = expert_sums(network, task, self.sites, inputs, self.shape, self.options)
+            sums = expert_sums(network, task, self.sites, inputs, self, self.options)
             for name, one in sums.items():
                 by_layer[name].append(one.all_reduced(inputs.runtime.reduce).to("cpu"))
         return by_layer
 
-    def write(self, site: Site, update: Tensor) -> Tensor:
+    def write(self, problem: LayerProblem, update: Tensor) -> Tensor:
         """Set a layer to the base plus an update; returns the matrix."""
+        site = problem.site
+        if problem.coordinates is not None:
+            update = problem.coordinates.lifted(update)
         merged = self.matrix(site) + update
         if not bool(merged.isfinite().all()):
             raise ValueError(f"layer '{site.name}': the solution holds NaN or infinity.")
@@ -220,8 +288,7 @@ class LayerWalk:
             sums = self._sums(group, merged, expert, skip_fold)
             for site in group.sites:
                 problem = self.problem(site, sums[site.name])
-                update = solve(problem, self.fallback_update(site))
-                matrix = self.write(site, update)
+                matrix = self.write(problem, solve(problem))
                 self._follow(network, site, matrix, sums[site.name])
         return network
 
@@ -256,20 +323,7 @@ class LayerWalk:
         reduce = self.calibration.runtime.reduce
         sums: dict[str, list[LayerSums]] = {site.name: [] for site in group.sites}
         for task in self.experts:
-
-            def own(site: Site, task: str = task) -> Tensor:
-                return self.matrix(site, task)
-
-            found = group_sums(
-                group,
-                task,
-                merged,
-                expert,
-                self.shape,
-                None if expert is None else (self.matrix, own),
-                self.options,
-                skip_fold,
-            )
+            found = group_sums(group, task, merged, expert, self, self.options, skip_fold)
             for site in group.sites:
                 sums[site.name].append(found[site.name].all_reduced(reduce).to("cpu"))
         return sums
@@ -313,3 +367,19 @@ class LayerWalk:
         for name in site.modules:
             self.state[f"{name}.running_mean"].copy_(module.running_mean)
             self.state[f"{name}.running_var"].copy_(module.running_var)
+
+
+def _of(task: str) -> str:
+    return f"the task vector of {task}"
+
+
+def _shares(method: WeightMethod, tasks: Sequence[str]) -> dict[str, float] | None:
+    """What a plain average takes of each task vector, by its name; None for any other method.
+
+    Its outputs need not be collected, so that statistics serve every preference.
+    """
+    if not isinstance(method, Average) or method != Average(weights=method.weights):
+        return None
+    weights = method.weights or dict.fromkeys(tasks, 1.0)
+    total = math.fsum(weights.values())
+    return {_of(task): weights[task] / total for task in tasks}

@@ -9,14 +9,20 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.functional.bases import FREE, BasisName, Directions, make_basis
-from lightning_merge.functional.coefficients import SMALL_RIDGE, Ridge, solve_system
+from lightning_merge.functional.bases import FREE, GIVEN, BasisName, Directions, make_basis
+from lightning_merge.functional.coefficients import (
+    SMALL_RIDGE,
+    ChosenRidge,
+    Ridge,
+    searched_ridge,
+    solve_system,
+)
 from lightning_merge.functional.preference import as_preference
-from lightning_merge.functional.projection import System
+from lightning_merge.functional.projection import joined_system
 from lightning_merge.functional.quadratic import Constraint
 from lightning_merge.layers.collecting import Collecting
 from lightning_merge.layers.problem import LayerProblem, TaskScale
-from lightning_merge.layers.sites import Kind, Site
+from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import LayerSums, Sampling
 from lightning_merge.layers.streams import CacheOptions
 from lightning_merge.methods.average import Average
@@ -71,7 +77,8 @@ class OutputProjection(CalibratedMethod):
     """What makes tasks comparable: relative errors, errors a column, or sums."""
     ridge: Ridge = None
     """Pull to the average, relative to the mean curvature; ``auto``: least error on folds left out;
-    null: 1e-3 for free matrices, 1e-6 for coefficients."""
+    without folds (``num_folds`` null, or samples in one alone) least generalised
+    cross-validation; null: 1e-3 for free matrices, 1e-6 for coefficients."""
     layers: tuple[Kind, ...] = ALL_KINDS
     """Kinds of layers that are solved."""
     fallback: WeightMethod | None = None
@@ -89,13 +96,16 @@ class OutputProjection(CalibratedMethod):
     num_blocks: int = 8
     """Blocks of ``block``, such as heads."""
     num_folds: int | None = 5
-    """Folds for the safeguard and ``ridge=auto``; null: none, and a fifth of the memory."""
+    """Folds for the safeguard and ``ridge=auto``; null: none, a fifth of the memory, and the ridge
+    by generalised cross-validation."""
     tokens_per_sample: int | None = 64
     """At most as many columns (tokens, patches) of each sample, drawn by a hash; null: all."""
     seed: int = 0
     """Of the draw."""
     max_inputs: int = 8192
-    """Layers with more inputs of an output are left to the fallback, with a warning."""
+    """Layers with more inputs of an output are solved from the outputs of the updates in the basis
+    (``task``, ``task_global``, ``row``, ``block``, ``span``), or left to the fallback, with a
+    warning: second moments of their inputs would not fit."""
     cache_gigabytes: float = 4.0
     """Host memory for inputs of the current block; above it, every layer takes whole passes."""
 
@@ -158,13 +168,18 @@ class OutputProjection(CalibratedMethod):
     ) -> tuple[dict[str, Tensor], list[LayerReport]]:
         """Merge in parallel mode from statistics, with no pass over the inputs.
 
-        Another preference, basis, ridge or constraint is solved from the same statistics.
+        Another preference, basis, ridge or constraint is solved from the same statistics. Those of
+        layers with more than ``max_inputs`` inputs hold the outputs of the heuristics and of the
+        fallback they were collected with, and serve these alone.
 
         Args:
             base: The pre-trained weights.
             experts: Fine-tuned weights by task.
             calibration: As they were collected with.
             statistics: What :meth:`statistics` gave.
+
+        Raises:
+            ValueError: If they lack a layer, or the outputs of a heuristic in a wide layer.
         """
         return _Solver(self, base, experts, calibration).parallel(statistics)
 
@@ -194,6 +209,15 @@ class OutputProjection(CalibratedMethod):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all layers share."""
+
+    coefficients: Tensor
+    """(E,), of the task vectors and the heuristics."""
+    ridge: ChosenRidge
+
+
 class _Solver:
     """One merge: the walk through the layers, and the report that grows with it."""
 
@@ -219,11 +243,9 @@ class _Solver:
             method.layers,
             method._collecting,
             max_inputs=method.max_inputs,
+            heuristics=method.heuristics,
+            solve_wide=method.basis in GIVEN,
         )
-        self.included = {
-            f"{type(one).__name__} {number}": one.merge(base, experts)
-            for number, one in enumerate(method.heuristics)
-        }
         self.reports: list[LayerReport] = []
 
     def _average_weights(self, experts: Mapping[str, StateDict]) -> dict[str, float] | None:
@@ -262,87 +284,96 @@ class _Solver:
     ) -> tuple[dict[str, Tensor], list[LayerReport]]:
         """All layers from the sums of the experts' inputs."""
         walk = self.walk
+        missing = [site.name for site in walk.sites if site.name not in statistics]
+        if missing:
+            raise ValueError(
+                f"the statistics lack {len(missing)} layers, such as {', '.join(missing[:5])}: "
+                "collect them with this basis, layers and max_inputs."
+            )
         shared = self._global(statistics) if self.method.basis == "task_global" else None
         for site in walk.sites:
             problem = walk.problem(site, statistics[site.name])
-            update = self.solve(problem, walk.fallback_update(site), shared)
-            walk.write(site, update)
+            walk.write(problem, self.solve(problem, shared))
         self._warn()
         return walk.finished(), self.reports
 
-    def solve(
-        self, problem: LayerProblem, fallback: Tensor, shared: Tensor | None = None
-    ) -> Tensor:
-        """The update of one layer; ``shared`` are coefficients of all layers, (1, 1, E)."""
-        inputs = self._inputs(problem, fallback)
+    def solve(self, problem: LayerProblem, shared: Shared | None = None) -> Tensor:
+        """The update of one layer, from coefficients of all layers where there are such."""
+        inputs = self._inputs(problem)
         options = self.method._options().for_kind(problem.site.kind)
         if shared is not None and options.basis == "task_global":
-            elements = torch.cat(
-                [inputs.deltas, *(x[None] for x in list(inputs.heuristics.values())[1:])]
-            )
-            update = torch.tensordot(shared[0, 0], elements, 1)
+            update = torch.tensordot(shared.coefficients, self._elements(inputs), 1)
             report = LayerReport(
                 name=inputs.name,
                 basis="task_global",
                 captured=inputs.total.captured(update),
                 held_out=math.nan,
                 heuristics={n: inputs.total.captured(u) for n, u in inputs.heuristics.items()},
-                ridge=self._global_ridge,
+                ridge=shared.ridge.value,
                 rank=-1,
-                unknowns=shared.shape[-1],
+                unknowns=len(shared.coefficients),
                 kept="solution",
-                coefficients=tuple(shared[0, 0].tolist()),
+                coefficients=tuple(shared.coefficients.tolist()),
+                ridge_source=shared.ridge.source,
             )
         else:
             update, report = solve_layer(inputs, options)
         self.reports.append(report)
         return update
 
-    @property
-    def _global_ridge(self) -> float:
-        return self.method.ridge if isinstance(self.method.ridge, float) else SMALL_RIDGE
+    def _elements(self, inputs: LayerInputs) -> Tensor:
+        included = list(inputs.heuristics.values())[1:]
+        return torch.cat([inputs.deltas, *(update[None] for update in included)])
 
-    def _global(self, statistics: Mapping[str, Sequence[LayerSums]]) -> Tensor:
+    def _global(self, statistics: Mapping[str, Sequence[LayerSums]]) -> Shared:
         """Coefficients that all layers share, from the sum of their systems."""
-        systems = []
+        totals, by_fold, observations = [], [], 0.0
         for site in self.walk.sites:
             if self.method._options().for_kind(site.kind).basis != "task_global":
                 continue
-            problem = self.walk.problem(site, statistics[site.name])
-            inputs = self._inputs(problem, self.walk.fallback_update(site))
-            elements = torch.cat(
-                [inputs.deltas, *(x[None] for x in list(inputs.heuristics.values())[1:])]
-            )
-            systems.append(make_basis("task", inputs.total, elements).system(inputs.total))
-        total = System(
-            gram=torch.stack([system.gram for system in systems]).sum(0),
-            cross=torch.stack([system.cross for system in systems]).sum(0),
-            energy=math.fsum(system.energy for system in systems),
-        )
+            inputs = self._inputs(self.walk.problem(site, statistics[site.name]))
+            basis = make_basis("task", inputs.total, self._elements(inputs))
+            totals.append(basis.system(inputs.total))
+            by_fold.append([basis.system(fold) for fold in inputs.folds])
+            observations += inputs.observations
+        total = joined_system(totals)
         start = torch.zeros_like(total.cross)
         start[0, 0, : len(self.preference)] = self.preference
-        return solve_system(total, start, self._global_ridge, self.method.constraint)
+        ridge = self.method.ridge
+        if ridge == "auto":
+            folds = [joined_system(layers) for layers in zip(*by_fold, strict=True)]
+            splits = [(total.minus(fold), fold, start) for fold in folds if fold.energy > 0]
+            chosen = searched_ridge(total, start, splits, observations, SMALL_RIDGE)
+        elif ridge is None:
+            chosen = ChosenRidge(SMALL_RIDGE, "default")
+        else:
+            chosen = ChosenRidge(float(ridge), "given")
+        found = solve_system(total, start, chosen.value, self.method.constraint)
+        return Shared(found[0, 0], chosen)
 
-    def _inputs(self, problem: LayerProblem, fallback: Tensor) -> LayerInputs:
+    def _inputs(self, problem: LayerProblem) -> LayerInputs:
         weights = problem.weights(self.preference.tolist(), self.method.task_scale)
         total, folds = problem.weighted(weights)
-        site = problem.site
-        heuristics = {"fallback": fallback}
-        for name, state in self.included.items():
-            heuristics[name] = self._update_of(site, state)
         return LayerInputs(
-            name=site.name,
+            name=problem.site.name,
             total=total,
             folds=folds,
             deltas=problem.deltas,
-            heuristics=heuristics,
+            heuristics=self.walk.updates(problem),
             preference=self.preference,
+            observations=problem.observations(weights),
         )
 
-    def _update_of(self, site: Site, state: StateDict) -> Tensor:
-        return site.matrix(state, bias=True) - self.walk.matrix(site)
-
     def _warn(self) -> None:
+        few = [r for r in self.reports if r.ridge_source == "too few samples"]
+        if few:
+            warnings.warn(
+                f"ridge='auto' cannot be chosen for {len(few)} layers, whose samples are too few "
+                f"for their unknowns, and is the default there: "
+                f"{', '.join(f'{r.name} ({r.ridge:g})' for r in few[:5])}. Give more calibration "
+                "inputs, or a ridge.",
+                stacklevel=4,
+            )
         lacking = [r for r in self.reports if 0 <= r.rank < r.unknowns]
         if self.method.basis in FREE and self.method.ridge != 0:
             return  # the ridge settles what the inputs leave open

@@ -87,7 +87,7 @@ class RegMean(CalibratedMethod):
             max_inputs=self.max_inputs,
         )
 
-        def solve(problem: LayerProblem, fallback: Tensor) -> Tensor:
+        def solve(problem: LayerProblem) -> Tensor:
             return self.update(problem, preference)
 
         if self.inputs == "merged":
@@ -95,7 +95,8 @@ class RegMean(CalibratedMethod):
             return walk.finished()
         statistics = walk.expert_statistics()
         for site in walk.sites:
-            walk.write(site, self.update(walk.problem(site, statistics[site.name]), preference))
+            problem = walk.problem(site, statistics[site.name])
+            walk.write(problem, solve(problem))
         return walk.finished()
 
     def update(self, problem: LayerProblem, preference: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from tests.layers.networks import case
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 METHODS = (
     OutputProjection(basis="row"),
+    OutputProjection(basis="block", max_inputs=4),
     OutputProjection(basis="full", mode="parallel", sweeps=1),
     RegMean(inputs="merged"),
 )

@@ -49,6 +49,21 @@ def test_rss_df_gcv_and_evidence(n: int, d: int, k: int, beta: float) -> None:
     )
 
 
+def test_problems_side_by_side_are_one_spectrum() -> None:
+    grams, crosses, priors, parts = [], [], [], []
+    for seed in range(3):
+        Z, Y, W0 = normal(4, 7, seed=seed), normal(2, 7, seed=10 + seed), normal(2, 4, seed=20)
+        energy = float(Y.square().sum())
+        parts.append((ridge_spectrum(Y @ Z.T, Z @ Z.T, energy, W0, 7.0), energy))
+        grams, crosses, priors = [*grams, Z @ Z.T], [*crosses, Y @ Z.T], [*priors, W0]
+    stacked = [torch.stack(values) for values in (crosses, grams, priors)]
+    joined = ridge_spectrum(*stacked[:2], sum(e for _, e in parts), stacked[2], 21.0)
+    betas = torch.tensor([1e-3, 0.5, 20.0], dtype=torch.float64)
+    for score in ("rss", "df"):
+        expected = sum(getattr(part, score)(betas) for part, _ in parts)
+        torch.testing.assert_close(getattr(joined, score)(betas), expected)
+
+
 def test_infinite_ridge_leaves_the_prior() -> None:
     Z, Y, W0 = normal(3, 9), normal(2, 9, seed=1), normal(2, 3, seed=2)
     spectrum = ridge_spectrum(Y @ Z.T, Z @ Z.T, float(Y.square().sum()), W0, 9.0, centred=True)

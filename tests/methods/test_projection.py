@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_merge.functional.coefficients import GRID
 from lightning_merge.functional.projection import Quadratic
 from lightning_merge.methods import (
     DARE,
@@ -319,6 +320,137 @@ def test_automatic_ridges_and_folds():
     assert all(math.isfinite(report.held_out) for report in reports)
     single = OutputProjection(num_folds=None).project(base, states, calibration)[1]
     assert all(math.isnan(report.held_out) for report in single)
+
+
+def gcv_by_hand(problems):
+    """Best ridge of the grid for problems (design, target) towards 1/3, from hat matrices."""
+    unit = np.mean([np.diag(a.T @ a).mean() for a, _ in problems])
+    scores = []
+    for ridge in GRID.numpy() * unit:
+        rss = df = n = 0.0
+        for a, b in problems:
+            hat = a @ np.linalg.inv(a.T @ a + ridge * np.eye(a.shape[1])) @ a.T
+            left = b - a @ np.full(a.shape[1], 1 / 3)
+            rss, df, n = rss + ((left - hat @ left) ** 2).sum(), df + np.trace(hat), n + len(b)
+        scores.append(n * rss / (n - 1.4 * df) ** 2)
+    return float(GRID[int(np.argmin(scores))])
+
+
+@pytest.mark.parametrize("basis", ["row", "task_global"])
+def test_automatic_ridges_without_folds_count_the_columns_and_outputs(basis):
+    base, states, calibration, experts = case(mlp(), "4", (4,), samples=6)
+    method = OutputProjection(basis=basis, mode="parallel", ridge="auto", num_folds=None)
+    reports = method.project(base, states, calibration)[1]
+    layers = []
+    for module in ("0", "2"):
+        deltas = [matrix(state, module) - matrix(base, module) for state in states.values()]
+        made, targets = [], []
+        for (task, expert), delta in zip(experts.items(), deltas, strict=True):
+            x = design(expert, module, calibration, task)
+            scale = 1 / np.linalg.norm(x @ delta.T) / np.sqrt(3)
+            made.append(np.stack([(scale * x @ d.T) for d in deltas], -1))
+            targets.append(scale * x @ delta.T)
+        A, b = np.concatenate(made), np.concatenate(targets)  # (n, o, T), (n, o)
+        layers.append([(A[:, r], b[:, r]) for r in range(5)])
+    if basis == "row":
+        found = [gcv_by_hand(rows) for rows in layers]
+    else:
+        rows = [row for layer in layers for row in layer]
+        stacked = (np.concatenate([a for a, _ in rows]), np.concatenate([b for _, b in rows]))
+        found = [gcv_by_hand([stacked])] * 2
+    assert [report.ridge for report in reports] == pytest.approx(found)
+    assert {report.ridge_source for report in reports} == {"gcv"}
+
+
+def test_a_ridge_for_all_layers_is_the_given_one_or_that_of_the_folds():
+    base, states, calibration, _ = case(mlp(), "4", (4,))
+    method = OutputProjection(basis="task_global", mode="parallel")
+    sources = {}
+    for ridge in (None, 0.0, 0.5, "auto"):
+        report = replace(method, ridge=ridge).project(base, states, calibration)[1][0]
+        sources[ridge] = (report.ridge, report.ridge_source)
+    assert sources[None] == (1e-6, "default")
+    assert sources[0.0] == (0.0, "given")
+    assert sources[0.5] == (0.5, "given")
+    assert sources["auto"][1] == "folds"
+
+
+def test_a_ridge_that_samples_are_too_few_for_is_named():
+    base, states, calibration, _ = case(mlp(4, 400), "4", (400,), tasks=1, samples=1)
+    method = OutputProjection(mode="parallel", ridge="auto", num_folds=None)
+    with pytest.warns(UserWarning, match=r"ridge='auto' cannot be chosen for 1 layers.*0 \(0.001"):
+        reports = method.project(base, states, calibration)[1]
+    assert reports[0].ridge == 1e-3
+
+
+def test_collinear_elements_are_told_with_their_rank_and_stay_near_the_average():
+    base, states, calibration, experts = case(mlp(), "4", (4,), tasks=2)
+    same = dict.fromkeys(states, states["task1"])
+    calibration = replace(calibration, network=lambda _: copy.deepcopy(experts["task1"]))
+    method = OutputProjection(basis="task", mode="parallel", ridge=0.0, preference={"task1": 1.0})
+    with pytest.warns(UserWarning, match=r"2 layers do not determine.*0 \(rank 1 of 2\)"):
+        reports = method.project(base, same, calibration)[1]
+    # Of all coefficients that sum to one, the preference is the nearest to itself.
+    for report in reports:
+        np.testing.assert_allclose(report.coefficients, [0.0, 1.0], atol=1e-6)
+
+
+def test_full_without_a_ridge_changes_the_average_no_more_than_the_inputs_ask():
+    base, states, calibration, experts = case(mlp(5, 30), "4", (30,), tasks=2, samples=4)
+    method = OutputProjection(mode="parallel", ridge=0.0, safeguard=False, task_scale="none")
+    with pytest.warns(UserWarning, match=r"layers do not determine.*0 \(rank 11 of 31\)"):
+        merged = method.merge(base, states, calibration)
+    mean = np.mean([matrix(state, "0") for state in states.values()], 0)
+    xs = [design(expert, "0", calibration, task) for task, expert in experts.items()]
+    ys = [x @ matrix(state, "0").T for x, state in zip(xs, states.values(), strict=True)]
+    x, y = np.concatenate(xs), np.concatenate(ys)
+    assert len(x) == 4 + 7
+    expected = mean + (np.linalg.pinv(x) @ (y - x @ mean.T)).T
+    np.testing.assert_allclose(matrix(merged, "0"), expected, atol=1e-5)
+
+
+def test_task_coefficients_beat_every_scale_of_task_arithmetic_without_including_it():
+    base, states, calibration, experts = case(mlp(), "4", (4,))
+    method = OutputProjection(basis="task", mode="parallel", ridge=0.0, safeguard=False)
+    merged = method.merge(base, states, calibration)
+    for scale in (0.1, 0.3, 1 / 3, 0.7, 1.0):
+        other = TaskArithmetic(scale=scale).merge(base, states)
+        for module in ("0", "2"):
+            ours, theirs = (
+                sum(losses(module, base, states, experts, calibration, state).values())
+                for state in (merged, other)
+            )
+            assert ours <= theirs + 1e-6
+
+
+def test_infeasible_constraints_and_other_weights_are_refused_before_any_pass():
+    base, states, calibration, _ = case(mlp(), "4", (4,))
+
+    def network(task):
+        raise AssertionError("a network was asked for")
+
+    unused = replace(calibration, network=network)
+    with pytest.raises(ValueError, match="cannot sum"):
+        OutputProjection(basis="task", lower=0.0, upper=0.1, total=1.0).merge(base, states, unused)
+    less = {n: v for n, v in states["task1"].items() if n != "0.bias"}
+    with pytest.raises(ValueError, match=r"expert 'task1': 1 parameters missing: 0\.bias"):
+        OutputProjection().merge(base, {**states, "task1": less}, unused)
+    with pytest.raises(ValueError, match=r"1 parameters meta, which cannot be merged: 0\.bias"):
+        meta = {**base, "0.bias": base["0.bias"].to("meta")}
+        OutputProjection().merge(meta, states, unused)
+    given = {task: x for task, x in calibration.inputs.items() if task != "task2"}
+    with pytest.raises(ValueError, match="no calibration inputs for task2"):
+        OutputProjection().merge(base, states, replace(unused, inputs=given))
+
+
+def test_adapters_that_are_not_merged_are_refused():
+    network = mlp()
+    network[2].lora_A = torch.nn.Linear(2, 2)
+    base, states, calibration, _ = case(network, "4", (4,))
+    with pytest.raises(
+        ValueError, match=r"layer '2' \(Linear\) is a LoRA layer; merge the adapter"
+    ):
+        OutputProjection().merge(base, states, calibration)
 
 
 def test_bad_input_is_refused_before_any_pass():

@@ -78,6 +78,7 @@ class Runner:
     cpus: list[float] = field(default_factory=list)
     growth: float = 0.0
     difference: float = math.nan
+    off: float = math.nan
     failure: str = ""
 
     def answer(self, seconds: float) -> dict[str, float]:
@@ -103,7 +104,8 @@ class Runner:
         found = self.answer(seconds)
         self.walls.append(found["wall"])
         self.cpus.append(found["cpu"])
-        growth, self.difference = self.growth, self.answer(120)["difference"]
+        growth, compared = self.growth, self.answer(120)
+        self.difference, self.off = compared["difference"], compared["off"]
         self.growth = growth  # the comparison is not part of the merge
 
 
@@ -173,7 +175,7 @@ def take_turn(runner: Runner, seconds: float) -> None:
 def line(row: Row, name: str, runner: Runner, ours: Runner) -> list[str]:
     label = row.title if name == "ours" else ""
     if not runner.walls:
-        cells = [label, name, runner.failure, "", "", "", ""]
+        cells = [label, name, runner.failure, "", "", "", "", ""]
     else:
         ratios = [a / b for a, b in zip(runner.walls, ours.walls, strict=False)]
         cells = [
@@ -184,6 +186,7 @@ def line(row: Row, name: str, runner: Runner, ours: Runner) -> list[str]:
             f"{statistics.median(ratios):.2f}" if ratios else "-",
             f"{runner.growth:.2f}",
             f"{runner.difference:.0e}",
+            f"{runner.off:.0e}",
         ]
     print("  ".join(cells), flush=True)
     return cells
@@ -276,10 +279,13 @@ def main() -> None:
         f"Made by `python -m benchmarks.compare {' '.join(sys.argv[1:])}".rstrip() + "`.",
         f"{where} {options.experts} experts of ViT-B/32 shapes in float32, {options.rounds} rounds "
         "in turns (one of the rows of whole models); `x ours` is the median of the ratios within "
-        "a round, and values above 1 are slower than ours.",
+        "a round, and values above 1 are slower than ours. `difference` is the largest from ours, "
+        "`off` the share of entries that differ by more than 1e-6: TIES chooses, and entries that "
+        "tie for the last place or whose task vectors cancel within rounding may be chosen "
+        "otherwise; mergekit trims each parameter by itself; DARE's draws are everyone's own.",
     ]
     rows: list[list[str]] = []
-    header = ["row", "contender", "median s", "CPU s", "x ours", "+GiB", "difference"]
+    header = ["row", "contender", "median s", "CPU s", "x ours", "+GiB", "difference", "off"]
     for blocks in sorted({min(ROWS[key].blocks, options.blocks) for key in keys}):
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             write_models(Path(name), options, blocks)

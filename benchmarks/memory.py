@@ -11,6 +11,7 @@ docs/results/methods_memory.md.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,19 +30,19 @@ from lightning_merge.states import LazyStateDict
 METHODS = {"Average": Average(), "TIES": TIES(), "TSVMerge": TSVMerge()}
 
 
-def write_models(folder: Path, gigabytes: float, width: int) -> list[Path]:
-    """A base and two experts near it, of square matrices."""
-    number = max(1, round(gigabytes * 1e9 / (4 * width * width)))
+def write_models(folder: Path, gigabytes: float, shape: tuple[int, int]) -> list[Path]:
+    """A base and two experts near it, of matrices of one shape."""
+    number = max(1, round(gigabytes * 1e9 / (4 * math.prod(shape))))
     paths = []
     for seed, name in enumerate(("base", "even", "odd")):
         generator = torch.Generator().manual_seed(0)
         state = {
-            f"layers.{i}.weight": 0.03 * torch.randn(width, width, generator=generator)
+            f"layers.{i}.weight": 0.03 * torch.randn(shape, generator=generator)
             for i in range(number)
         }
         generator.manual_seed(seed)
         for value in state.values() if seed else ():
-            value += 6e-4 * torch.randn(width, width, generator=generator)
+            value += 6e-4 * torch.randn(shape, generator=generator)
         paths.append(folder / f"{name}.safetensors")
         save_file(state, paths[-1])
     return paths
@@ -89,7 +90,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--limit", type=float, default=1.5, help="GB of anonymous memory")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--height", type=int, default=4096, help="rows of a matrix")
+    parser.add_argument("--width", type=int, default=256, help="columns of a matrix")
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--output", type=Path, default=Path("docs/results/methods_memory.md"))
@@ -99,12 +101,12 @@ def main() -> None:
         print(json.dumps(merge(options.worker, options.folder, options.experts, options.limit)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        write_models(Path(name), options.gigabytes, options.width)
+        write_models(Path(name), options.gigabytes, (options.height, options.width))
         lines = [
             "# Memory of a merge from files to files",
             f"Made by `python -m benchmarks.memory {' '.join(sys.argv[1:])}".rstrip() + "`.",
             f"{options.experts} experts of {options.gigabytes:g} GB in float32, matrices of "
-            f"{options.width} x {options.width}, one thread; a process that passes "
+            f"{options.height} x {options.width}, one thread; a process that passes "
             f"{options.limit:g} GB of anonymous memory (PyTorch itself takes about 0.2) is ended.",
             "| method | seconds | anonymous memory, GB |\n| --- | ---: | ---: |",
         ]

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods import Average, WeightMethod
-from lightning_merge.states import LazyStateDict, StateDict, dtype_of, kind_of, shape_of
+from lightning_merge.states import (
+    Described,
+    LazyStateDict,
+    StateDict,
+    dtype_of,
+    kind_of,
+    shape_of,
+)
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -52,7 +59,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 @final
-class LoRAExpert(Mapping[str, Tensor]):
+class LoRAExpert(Described):
     """The base with one adapter merged in, as a lazily read expert: any method takes it.
 
     A parameter is formed when it is asked for, so nothing but the adapter is held. Methods that

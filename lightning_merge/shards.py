@@ -9,7 +9,14 @@ from typing import final
 from torch import Tensor
 
 from lightning_merge.files import write_json
-from lightning_merge.states import LazyStateDict, StateDict, dtype_of, kind_of, shape_of
+from lightning_merge.states import (
+    Described,
+    LazyStateDict,
+    StateDict,
+    dtype_of,
+    kind_of,
+    shape_of,
+)
 from lightning_merge.tensor_files import bytes_of, writing_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -63,7 +70,7 @@ def write_sharded(
 
 
 @final
-class _Part(Mapping[str, Tensor]):
+class _Part(Described):
     """Some of the tensors of a state dict, which are not read until they are asked for."""
 
     def __init__(self, state: StateDict, names: Sequence[str]) -> None:
@@ -109,7 +116,7 @@ def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, int]:
 
 
 @final
-class ShardedStateDict(Mapping[str, Tensor]):
+class ShardedStateDict(Described):
     """A model in several safetensors files, read lazily.
 
     Args:
@@ -133,8 +140,23 @@ class ShardedStateDict(Mapping[str, Tensor]):
         if lost:
             raise ValueError(f"{index} names {len(lost)} tensors no file holds: {lost[:5]}.")
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, from the header of its file."""
+        return self._file_of(name).shape(name)
+
+    def kind(self, name: str) -> str:
+        """Kind of one tensor, from the header of its file."""
+        return self._file_of(name).kind(name)
+
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor, from the header of its file."""
+        return self._file_of(name).dtype(name)
+
+    def _file_of(self, name: str) -> LazyStateDict:
+        return self._files[self._weight_map[name]]
+
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[self._weight_map[name]][name]
+        return self._file_of(name)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weight_map)

@@ -1,9 +1,10 @@
 """State dicts of the core: mappings of tensors, read lazily from safetensors where large."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,21 +27,23 @@ DTYPES = {
 """What safetensors and torch call the same dtype."""
 
 
-@runtime_checkable
-class Described(Protocol):
+class Described(Mapping[str, Tensor]):
     """A state dict that tells what its tensors are without reading them."""
 
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
 
+    @abstractmethod
     def kind(self, name: str) -> str:
         """Kind of one tensor."""
 
+    @abstractmethod
     def dtype(self, name: str) -> str:
         """Dtype of one tensor."""
 
 
-class LazyStateDict(Mapping[str, Tensor]):
+class LazyStateDict(Described):
     """A safetensors file as a mapping: one tensor is read when it is asked for, and not kept.
 
     Args:

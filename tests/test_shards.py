@@ -23,6 +23,10 @@ def test_merge_streamed_into_shards_and_out_of_them(tmp_path):
     assert list(read) == list(base)
     assert len(read) == len(base)
     assert all(torch.equal(read[name], merged[name]) for name in base)
+    for name, value in base.items():
+        assert read.shape(name) == tuple(value.shape)
+        assert read.kind(name) == "floating"
+        assert read.dtype(name) == "float32"
     again = TaskArithmetic().merge(read, {"a": read})
     assert all(torch.equal(again[name], read[name]) for name in base)
 

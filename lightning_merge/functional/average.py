@@ -10,6 +10,7 @@ from torch import Tensor
 def average(
     experts: Sequence[Float[Tensor, "*shape"]] | Float[Tensor, "experts *shape"],
     weights: Float[Tensor, " experts"],
+    out: Float[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
     r"""Average one parameter over the experts.
 
@@ -22,6 +23,7 @@ def average(
         experts: Fine-tuned values in the caller's order, stacked or in a sequence. One expert
             returns itself.
         weights: Weights of the experts, dimensionless, with a sum that is not zero.
+        out: Where to write the result, of the experts' dtype if that is float32 or wider.
 
     Example:
         >>> average(torch.tensor([[0.0, 2.0], [4.0, 4.0]]), torch.tensor([3.0, 1.0]))
@@ -29,7 +31,7 @@ def average(
     """
     dtype = torch.promote_types(experts[0].dtype, torch.float32)
     shares = (weights.double() / weights.double().sum()).tolist()
-    total = experts[0].to(dtype) * shares[0]
+    total = torch.mul(experts[0].to(dtype), shares[0], out=out)
     for expert, share in zip(experts[1:], shares[1:], strict=True):
         total.add_(expert.to(dtype), alpha=share)
     return total

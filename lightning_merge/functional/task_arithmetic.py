@@ -11,6 +11,7 @@ def task_arithmetic(
     base: Float[Tensor, "*shape"],
     experts: Sequence[Float[Tensor, "*shape"]] | Float[Tensor, "experts *shape"],
     coefficients: Float[Tensor, " experts"],
+    out: Float[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
     r"""Add the weighted task vectors of one parameter to its base value.
 
@@ -22,6 +23,7 @@ def task_arithmetic(
         base: Pre-trained value :math:`\theta_0`.
         experts: Fine-tuned values :math:`\theta_t` in the caller's order, stacked or in a sequence.
         coefficients: Weights :math:`\lambda_t`, dimensionless. All zeros return ``base``.
+        out: Where to write the result, of the dtype of ``base`` and the experts, float32 or wider.
 
     Example:
         >>> task_arithmetic(torch.zeros(2), torch.eye(2), torch.tensor([0.5, 0.25]))
@@ -29,10 +31,11 @@ def task_arithmetic(
     """
     dtype = torch.promote_types(torch.promote_types(base.dtype, experts[0].dtype), torch.float32)
     origin = base.to(dtype)
-    task_vector, update = torch.empty_like(origin), torch.zeros_like(origin)
-    for expert, coefficient in zip(experts, coefficients.tolist(), strict=True):
-        torch.sub(expert.to(dtype), origin, out=task_vector)
-        update.add_(task_vector, alpha=coefficient)
+    update = torch.empty_like(origin) if out is None else out
+    task_vector, weights = torch.empty_like(origin), coefficients.tolist()
+    torch.mul(torch.sub(experts[0].to(dtype), origin, out=task_vector), weights[0], out=update)
+    for expert, weight in zip(experts[1:], weights[1:], strict=True):
+        update.add_(torch.sub(expert.to(dtype), origin, out=task_vector), alpha=weight)
     return update.add_(origin).to(base.dtype)
 
 

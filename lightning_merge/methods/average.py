@@ -12,7 +12,7 @@ from lightning_merge.functional.average import average
 from lightning_merge.functional.lora import sum_of_products
 from lightning_merge.functional.task_arithmetic import add_update
 from lightning_merge.methods.base import WeightMethod
-from lightning_merge.methods.walk import BlockMerge
+from lightning_merge.methods.walk import LinearMerge
 from lightning_merge.states import StateDict
 
 
@@ -51,9 +51,9 @@ class Average(WeightMethod):
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
         return self.average_tensor(experts).to(base.dtype)
 
-    def block_merge(self, name: str) -> BlockMerge:
-        """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
-        return self._merge_rows
+    def linear_merge(self, name: str) -> LinearMerge:
+        """See ``WeightMethod.linear_merge``."""
+        return LinearMerge(self._write, with_base=False)
 
     def merge_low_rank(
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
@@ -63,8 +63,11 @@ class Average(WeightMethod):
         update = sum_of_products(ups, downs, (weights / weights.sum()).tolist())
         return add_update(base, update.view(base.shape), 1.0)
 
-    def _merge_rows(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        return average(experts, self._vector(len(experts))).to(base.dtype)
+    def _write(self, merged: Tensor, base: Tensor, experts: Sequence[Tensor]) -> None:
+        fits = experts[0].dtype == merged.dtype and merged.dtype.itemsize >= 4
+        result = average(experts, self._vector(len(experts)), out=merged if fits else None)
+        if not fits:
+            merged.copy_(result)
 
     def average_tensor(self, experts: Tensor) -> Tensor:
         """Weighted average of ``(T, *shape)``; running statistics get the same weights."""

@@ -16,8 +16,10 @@ from lightning_merge.methods.low_rank import low_rank_factors
 from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
 from lightning_merge.methods.walk import (
     BlockMerge,
+    LinearMerge,
     RowMerge,
     map_blocks,
+    map_linear,
     parameter_rows,
     scaled,
     stack_parameter,
@@ -192,6 +194,10 @@ class WeightMethod(MergeMethod):
 
         return read
 
+    def linear_merge(self, name: str) -> LinearMerge | None:
+        """What merges one parameter as a linear combination, where a method is one."""
+        return None
+
     def block_merge(self, name: str) -> BlockMerge | None:
         """What merges one parameter block by block, without stacking, where a method can do that.
 
@@ -255,6 +261,9 @@ class WeightMethod(MergeMethod):
             merged = self.merge_low_rank(name, value, *low_rank)
             if merged is not None:
                 return merged
+        linear = self.linear_merge(name)
+        if linear is not None:
+            return map_linear(linear, name, value, experts, factors)
         block_merge = self.block_merge(name)
         if block_merge is not None:
             return map_blocks(block_merge, name, value, experts, factors)

@@ -11,7 +11,7 @@ from lightning_merge.functional.lora import sum_of_products
 from lightning_merge.functional.task_arithmetic import add_update, task_arithmetic
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_scale
-from lightning_merge.methods.walk import BlockMerge
+from lightning_merge.methods.walk import LinearMerge
 
 
 @final
@@ -27,11 +27,11 @@ class TaskArithmetic(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return self._merge_rows(name, 0, base, list(experts))
+        return task_arithmetic(base, experts, self._vector(len(experts)))
 
-    def block_merge(self, name: str) -> BlockMerge:
-        """A linear combination needs no stack; see ``WeightMethod.block_merge``."""
-        return self._merge_rows
+    def linear_merge(self, name: str) -> LinearMerge:
+        """See ``WeightMethod.linear_merge``."""
+        return LinearMerge(self._write, with_base=True)
 
     def merge_low_rank(
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
@@ -40,6 +40,12 @@ class TaskArithmetic(WeightMethod):
         update = sum_of_products(ups, downs, [1.0] * len(ups))
         return add_update(base, update.view(base.shape), self.scale)
 
-    def _merge_rows(self, name: str, start: int, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        coefficients = torch.full((len(experts),), self.scale, dtype=torch.float64)
-        return task_arithmetic(base, experts, coefficients)
+    def _write(self, merged: Tensor, base: Tensor, experts: Sequence[Tensor]) -> None:
+        fits = experts[0].dtype == merged.dtype and merged.dtype.itemsize >= 4
+        coefficients = self._vector(len(experts))
+        result = task_arithmetic(base, experts, coefficients, out=merged if fits else None)
+        if not fits:
+            merged.copy_(result)
+
+    def _vector(self, num_experts: int) -> Tensor:
+        return torch.full((num_experts,), self.scale, dtype=torch.float64)

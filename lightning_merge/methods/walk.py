@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, final, overload
+from typing import NamedTuple, TypeAlias, final, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,20 @@ BLOCK = 1 << 17
 BlockMerge: TypeAlias = Callable[[str, int, Tensor, Sequence[Tensor]], Tensor]
 """Merges a flat block: the parameter's name, the block's first entry, the base ``(n,)``, and the
 block of each expert. Called from several threads."""
+
+
+LINEAR_BLOCK = 1 << 19
+"""Entries of a linear combination at once: it stays in the cache, and is worth all cores."""
+
+
+class LinearMerge(NamedTuple):
+    """A linear combination of flat blocks."""
+
+    write: Callable[[Tensor, Tensor, Sequence[Tensor]], None]
+    """Writes the merged block ``(n,)``, its first argument, from the base and the experts. Every
+    NaN and infinity of the experts, and of the base if it takes part, shows in the result."""
+    with_base: bool
+    """Whether the base takes part."""
 
 
 RowMerge: TypeAlias = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
@@ -117,31 +131,78 @@ def map_blocks(
     Raises:
         ValueError: If a value is not finite.
     """
-    values = [expert[name].detach() for expert in experts.values()]
-    dtype = _common(values)
-    flat = [value.reshape(-1).to(base.device, dtype) for value in values]
-    flat_base = base.reshape(-1)
-    merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
-    plain = all(coefficient == 1.0 for coefficient in coefficients)
+    blocks = _Blocks(name, base, experts, coefficients)
 
     def merge_block(start: int) -> None:
         part = slice(start, start + BLOCK)
-        origin, rows = flat_base[part], [value[part] for value in flat]
-        if not plain:
-            rows = list(scaled(origin, torch.stack(rows), coefficients))
-        merged[part] = block = function(name, start, origin, rows)
+        origin, rows = blocks.read(part)
+        blocks.merged[part] = block = function(name, start, origin, rows)
         # not a single value of the experts is lost in an element-wise merge, except where weights
         # are zero, and there NaN and infinity times zero are NaN: the result shows them all
         if not _finite(block) or not _finite(origin):
-            _check_each(name, base, values, experts)
+            blocks.check_each()
 
-    starts = range(0, len(flat_base), BLOCK)
+    starts = range(0, base.numel(), BLOCK)
     if base.device.type != "cpu":
         for start in starts:
             merge_block(start)
     else:
         map_on_cores(merge_block, starts, size=BLOCK)
-    return merged.view(base.shape)
+    return blocks.merged.view(base.shape)
+
+
+def map_linear(
+    function: LinearMerge,
+    name: str,
+    base: Tensor,
+    experts: Mapping[str, StateDict],
+    coefficients: Sequence[float],
+) -> Tensor:
+    """A linear combination block by block, each written in its place with all of torch's threads.
+
+    A core for each block, as in :func:`map_blocks`, is slower: of the few and fast operations on a
+    block, the hand-over between Python's threads is too large a part. Arguments and errors are
+    those of :func:`map_blocks`.
+    """
+    blocks = _Blocks(name, base, experts, coefficients)
+    for start in range(0, base.numel(), LINEAR_BLOCK):
+        part = slice(start, start + LINEAR_BLOCK)
+        origin, rows = blocks.read(part)
+        merged = blocks.merged[part]
+        function.write(merged, origin, rows)
+        if not _finite(merged) or not (function.with_base or _finite(origin)):
+            blocks.check_each()
+    return blocks.merged.view(base.shape)
+
+
+class _Blocks:
+    """One parameter of all models, flat, and the result."""
+
+    def __init__(
+        self,
+        name: str,
+        base: Tensor,
+        experts: Mapping[str, StateDict],
+        coefficients: Sequence[float],
+    ) -> None:
+        self._name, self._base, self._experts = name, base, experts
+        self._values = [expert[name].detach() for expert in experts.values()]
+        dtype = _common(self._values)
+        self._rows = [value.reshape(-1).to(base.device, dtype) for value in self._values]
+        self._origin = base.reshape(-1)
+        self._coefficients = coefficients
+        self.merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
+
+    def read(self, part: slice) -> tuple[Tensor, list[Tensor]]:
+        """A block of the base, and of each expert, with the coefficients applied."""
+        origin, rows = self._origin[part], [row[part] for row in self._rows]
+        if any(coefficient != 1.0 for coefficient in self._coefficients):
+            rows = list(scaled(origin, torch.stack(rows), self._coefficients))
+        return origin, rows
+
+    def check_each(self) -> None:
+        """Raise a ``ValueError`` that names a value that is not finite, if there is one."""
+        _check_each(self._name, self._base, self._values, self._experts)
 
 
 def scaled(base: Tensor, experts: Tensor, coefficients: Sequence[float]) -> Tensor:

@@ -156,26 +156,34 @@ def measure(experts: Experts, known: References, row: Row) -> dict[str, float]:
     return {**found, "seconds": seconds, "MiB": memory}
 
 
-def measured(experts: Experts, known: Callable[[], References], row: Row, kept: Path) -> Figures:
+def measured(
+    experts: Callable[[], Experts], known: Callable[[], References], row: Row, kept: Path
+) -> Figures:
     """What :func:`measure` gives, read if it was kept for the very same method, else kept.
 
     Args:
-        experts: Of one suite and seed.
-        known: Their references, asked for only where something is measured.
+        experts: Of one suite and seed; asked for only where something is measured.
+        known: Their references, likewise.
         row: The method.
         kept: The file.
     """
-    if kept.exists():
-        found: Figures = json.loads(kept.read_text(encoding="utf-8"))
-        if found["method"] == repr(row):
-            return found
+    if found := read(kept, row):
+        return found
     fresh: Figures = {"method": repr(row)}
     try:
-        fresh["values"] = measure(experts, known(), row)
+        fresh["values"] = measure(experts(), known(), row)
     except ValueError as error:  # a method that these experts are not for says so
         fresh["problem"] = str(error)
     write_json(kept, fresh)
     return fresh
+
+
+def read(kept: Path, row: Row) -> Figures:
+    """What was kept for the very same method; empty if nothing was."""
+    if not kept.exists():
+        return {}
+    found: Figures = json.loads(kept.read_text(encoding="utf-8"))
+    return found if found["method"] == repr(row) else {}
 
 
 def main(
@@ -185,6 +193,7 @@ def main(
     root: str = str(ROOT),
     output: str = "methods",
     pages: bool = True,
+    only_kept: bool = False,
 ) -> None:
     """Write docs/results/methods.md and the numbers of the methods' pages, anew after each seed.
 
@@ -195,6 +204,7 @@ def main(
         root: Where the experts are, or will be.
         output: Another name of the file, without its ending.
         pages: Whether to write into docs/methods.
+        only_kept: Measure nothing: the figures that are there, each with the number of its seeds.
     """
     if unknown := [name for name in methods if name not in METHODS]:
         raise SystemExit(f"unknown methods {unknown}; there are: {', '.join(METHODS)}.")
@@ -203,11 +213,15 @@ def main(
     for suite in suites:
         rows = found[suite] = {name: Numbers() for name in methods}
         for done, seed in enumerate(seeds, 1):
-            experts = build(suite, seed, Path(root))
-            known = cache(partial(references, experts))
             folder = Path(root) / "methods_table" / suite / str(seed)
+            experts = cache(partial(build, suite, seed, Path(root)))
+            known = cache(lambda e=experts: references(e()))
             for name, numbers in rows.items():
-                fresh = measured(experts, known, METHODS[name], folder / f"{name}.json")
+                kept = folder / f"{name}.json"
+                row = METHODS[name]
+                fresh = read(kept, row) if only_kept else measured(experts, known, row, kept)
+                if not fresh:
+                    continue
                 numbers.problem = fresh.get("problem", "")
                 for key, value in fresh.get("values", {}).items():
                     numbers.values[key].append(value)
@@ -236,7 +250,7 @@ def sections(found: Found) -> list[str]:
     for suite, rows in found.items():
         cells = [
             [
-                name,
+                labelled(name, row, rows),
                 *(mean_and_spread(row.values[key]) for key in keys),
                 mean_and_spread(row.values["seconds"], 1),
                 mean_and_spread(row.values["MiB"], 0),
@@ -252,6 +266,13 @@ def sections(found: Found) -> list[str]:
         ]
         parts.append(order(rows))
     return parts
+
+
+def labelled(name: str, row: Numbers, rows: dict[str, Numbers]) -> str:
+    """The method, with the number of its seeds where others have more."""
+    seeds = len(row.values["uncorrected"])
+    most = max(len(other.values["uncorrected"]) for other in rows.values())
+    return name if seeds == most else f"{name} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
 def order(rows: dict[str, Numbers]) -> str:
@@ -285,7 +306,14 @@ def page_numbers(page: str, found: Found, seeds: list[int]) -> str:
         for name in dict.fromkeys(own if page == "slerp" else ["average", *own]):
             if name in rows and (values := rows[name].values):
                 cells = (mean_and_spread(values[key]) for key in SHOWN)
-                lines.append([suite, name, *cells, mean_and_spread(values["seconds"], 2)])
+                lines.append(
+                    [
+                        suite,
+                        labelled(name, rows[name], rows),
+                        *cells,
+                        mean_and_spread(values["seconds"], 2),
+                    ]
+                )
     text = (
         "Test accuracy over that of the experts, mean over the tasks, default hyper-parameters, "
         f"seeds {', '.join(map(str, seeds))}; CPU seconds of the merge. "

@@ -70,16 +70,16 @@ def test_numbers_are_those_of_the_merged_model(experts):
 
 def test_figures_are_kept_until_the_method_changes(experts, tmp_path):
     known, kept = references(experts), tmp_path / "suite" / "average.json"
-    first = measured(experts, lambda: known, Row(Average()), kept)
+    first = measured(lambda: experts, lambda: known, Row(Average()), kept)
     assert first["values"]["uncorrected"] > 0
 
     def never():
         raise AssertionError("measured again")
 
-    assert measured(experts, never, Row(Average()), kept) == first
-    other = measured(experts, lambda: known, Row(TaskArithmetic(scale=0.0)), kept)
+    assert measured(never, never, Row(Average()), kept) == first
+    other = measured(lambda: experts, lambda: known, Row(TaskArithmetic(scale=0.0)), kept)
     assert other["values"]["uncorrected"] != first["values"]["uncorrected"]
-    refused = measured(experts, lambda: known, Row(Slerp(), tasks=1), kept)
+    refused = measured(lambda: experts, lambda: known, Row(Slerp(), tasks=1), kept)
     assert "two" in refused["problem"]
 
 
@@ -113,6 +113,12 @@ def test_the_whole_command(tmp_path, monkeypatch):
     assert all(f"{recipe}, priority" in text for recipe in RECIPES)
     assert "Order expected" in text
     assert "| toy | Fisher |" in (tmp_path / "fisher.md").read_text()
+    (tmp_path / "methods_table" / "toy" / "2" / "Fisher.json").unlink()
+    methods_table.main(["toy"], [1, 2], list(SMALL), str(tmp_path), "kept", only_kept=True)
+    kept = (tmp_path / "kept.md").read_text()
+    assert "| Fisher (1 seed) |" in kept
+    line = next(line for line in text.splitlines() if line.startswith("| average |"))
+    assert line in kept.splitlines()
     with pytest.raises(SystemExit, match="unknown methods"):
         methods_table.main(methods=["none"])
 

@@ -11,6 +11,7 @@ layer) with updates :math:`\Delta W` of shape (g, o, i). With inputs :math:`X_t`
 Every basis turns this into a :class:`System`, least squares in its coefficients.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ class Quadratic:
     r""":math:`e = \sum w \|R\|^2`, the objective of no update."""
     residual_gram: Tensor | None = None
     r""":math:`E = \sum w R R^\top`, (g, o, o), where it was asked for."""
+
+    @functools.cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of G's pseudo-inverse and its eigenvectors, found once."""
+        return pseudo_spectrum(self.gram)
 
     def objective(self, update: Tensor) -> float:
         """J of an update, (g, o, i)."""
@@ -122,15 +128,43 @@ class System:
 
         .. math:: \rho = \mathrm{tr}(c\,Q^{+} c^\top) / e
         """
+        return self.captured_with(None)
+
+    def captured_with(self, spectrum: tuple[Tensor, Tensor] | None) -> float:
+        """``captured``, where the spectrum of the Gram matrix may be known."""
         if not self.energy > 0:
             return math.nan
-        return min(1.0, max(0.0, captured_energy(self.gram, self.cross) / self.energy))
+        removed = captured_energy(self.gram, self.cross, spectrum)
+        return min(1.0, max(0.0, removed / self.energy))
+
+    def minus(self, part: "System") -> "System":
+        """The system of the samples that are not in ``part``."""
+        return System(self.gram - part.gram, self.cross - part.cross, self.energy - part.energy)
 
 
-def captured_energy(gram: Float[Tensor, "b d d"], cross: Float[Tensor, "b k d"]) -> float:
-    r""":math:`\sum_b \mathrm{tr}(c_b Q_b^{+} c_b^\top)`, never negative."""
-    inverse, Q = pseudo_spectrum(gram)
+def captured_energy(
+    gram: Float[Tensor, "b d d"],
+    cross: Float[Tensor, "b k d"],
+    spectrum: tuple[Tensor, Tensor] | None = None,
+) -> float:
+    r""":math:`\sum_b \mathrm{tr}(c_b Q_b^{+} c_b^\top)`, never negative.
+
+    Args:
+        gram: Q.
+        cross: c.
+        spectrum: :func:`~lightning_merge.functional.ridge.pseudo_spectrum` of Q; found if None.
+    """
+    inverse, Q = pseudo_spectrum(gram) if spectrum is None else spectrum
     return float(((cross @ Q).square() * inverse[..., None, :]).sum())
+
+
+def added_systems(systems: Sequence[System]) -> System:
+    """The system of all samples, or layers, whose coefficients are the same unknowns."""
+    return System(
+        gram=torch.stack([system.gram for system in systems]).sum(0),
+        cross=torch.stack([system.cross for system in systems]).sum(0),
+        energy=math.fsum(system.energy for system in systems),
+    )
 
 
 def row_system(quadratic: Quadratic, elements: Float[Tensor, "e g o i"]) -> System:
@@ -188,9 +222,22 @@ def rotated(quadratic: Quadratic, directions: Float[Tensor, "g o r"]) -> Quadrat
 
 def reachable(quadratic: Quadratic) -> Float[Tensor, "g o o"]:
     r""":math:`K = P G^{+} P^\top`: the residual energy that any linear update can reach."""
-    inverse, Q = pseudo_spectrum(quadratic.gram)
-    turned = quadratic.cross @ Q
-    return (turned * inverse[..., None, :]) @ turned.mT
+    half = _reachable_root(quadratic)
+    return half @ half.mT
+
+
+def reachable_directions(quadratic: Quadratic, rank: int) -> Float[Tensor, "g o r"]:
+    r"""Leading eigenvectors of :func:`reachable`, through the smaller side of its root."""
+    half = _reachable_root(quadratic)
+    _, o, i = half.shape
+    if rank <= i < o:
+        return torch.linalg.svd(half, full_matrices=False)[0][..., :rank]
+    return leading_directions(half @ half.mT, rank)
+
+
+def _reachable_root(quadratic: Quadratic) -> Float[Tensor, "g o i"]:
+    inverse, Q = quadratic.spectrum
+    return (quadratic.cross @ Q) * inverse.sqrt()[..., None, :]
 
 
 def leading_directions(matrix: Float[Tensor, "g o o"], rank: int) -> Float[Tensor, "g o r"]:

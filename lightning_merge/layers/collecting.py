@@ -46,6 +46,7 @@ def expert_sums(
     for rows in inputs.runtime.progress(slices, len(slices), f"Inputs of {task}"):
         batch = inputs.batch(task, rows)
         indices, real = torch.arange(rows.start, rows.stop), real_tokens(batch)
+        drawn: dict[tuple[torch.Size, bool], Picked] = {}  # the draw looks at nothing else
 
         def receive(
             site: Site,
@@ -53,10 +54,13 @@ def expert_sums(
             owned: bool,
             indices: Tensor = indices,
             real: Tensor | None = real,
+            drawn: dict[tuple[torch.Size, bool], Picked] = drawn,
         ) -> None:
             _check_finite(columns, site, task)
-            picked = pick(columns, owned, indices, real, options.sampling)
-            _add(sums[site.name], columns, picked, options)
+            key = (columns.shape[:2], owned)
+            if key not in drawn:
+                drawn[key] = pick(columns, owned, indices, real, options.sampling)
+            _add(sums[site.name], columns, drawn[key], options)
 
         with (
             torch.inference_mode(),

@@ -11,6 +11,7 @@ from lightning_merge.merging import calibration_for
 from lightning_merge.methods import Average, OutputProjection, TaskArithmetic
 from lightning_merge.methods.layer_diagnosis import BASES
 from lightning_merge.report.diagnosis_figure import write_diagnosis_picture
+from lightning_merge.runtime import Runtime
 from tests.layers.networks import case, experts_of, mlp
 from tests.methods.test_layer_methods import pool  # noqa: F401 (a fixture)
 from tests.methods.test_projection import losses
@@ -127,6 +128,25 @@ def test_layers_that_did_not_change_have_nothing_to_capture():
     found = diagnose_experts(unchanged, inputs, base=network, head="4")
     assert found.layers == []
     assert math.isnan(found.score("full"))
+
+
+def test_bars_name_the_stage_and_the_layer(setting):
+    network, experts, inputs = setting
+    shown = {}
+
+    def progress(items, total, description, note=None):
+        items = list(items)
+        assert len(items) == total
+        shown[description] = [note(item) for item in items] if note else []
+        return items
+
+    runtime = Runtime(progress=progress)
+    diagnose_experts(experts, inputs, base=network, head="4", runtime=runtime)
+    assert shown["Diagnosing layers"] == ["0", "2"]
+    assert shown["Correcting"] == ["base", "Average()", "TaskArithmetic(scale=0.3)"]
+    assert {f"{stage} {task}" for stage in ("Inputs of", "Calibrating") for task in experts} <= set(
+        shown
+    )
 
 
 def test_the_command_line(pool, tmp_path, monkeypatch):  # noqa: F811

@@ -1,9 +1,9 @@
 """How much of the residual energy of each layer every basis captures, and every heuristic."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -149,12 +149,12 @@ class _Layer:
     total: Quadratic
     folds: list[Quadratic]
 
-    @functools.cached_property
+    @cached_property
     def rows(self) -> list[System]:
         """Row systems by fold."""
         return [row_system(fold, self.problem.deltas) for fold in self.folds]
 
-    @functools.cached_property
+    @cached_property
     def all_rows(self) -> System:
         """The row system of all samples."""
         return added_systems(self.rows)
@@ -186,26 +186,14 @@ def _layer(problem: LayerProblem, preference: Tensor, task_scale: TaskScale) -> 
 
 def _shares(layer: _Layer, preference: Tensor) -> tuple[Shares, Shares]:
     """Shares captured in sample and on folds left out, by basis."""
-    deltas = layer.problem.deltas
-    start = Start(update=torch.tensordot(preference, deltas, 1), weights=preference)
     # Norms and embeddings are solved freely whatever the basis: their rows are their channels.
     alone = layer.problem.site.kind in ("norm", "embedding")
     names: Sequence[BasisName] = ("full",) if alone else LAYERWISE
     inside: Shares = {name: _in_sample(name, layer) for name in names}
-    used = [k for k, fold in enumerate(layer.folds) if fold.energy > 0]
-
-    def errors(k: int) -> Shares:
-        """Of every basis on one fold; all that is made of the other folds is made once."""
-        rest = (layer.total.minus(layer.folds[k]), layer.all_rows.minus(layer.rows[k]))
-        fold = (layer.folds[k], layer.rows[k])
-        bases = {name: _basis(name, rest[0], deltas) for name in names}
-        return {
-            name: fold_error(basis, rest, fold, start, default_ridge(basis), Constraint())
-            for name, basis in bases.items()
-        }
-
     outside: Shares = dict.fromkeys(names, math.nan)
+    used = [number for number, fold in enumerate(layer.folds) if fold.energy > 0]
     if len(used) > 1:
+        errors = partial(_fold_errors, layer, names, preference)
         parts = map_on_cores(errors, used, size=layer.total.gram.numel())
         for name in names:
             outside[name] = 1 - sum(part[name] for part in parts) / layer.total.energy
@@ -213,6 +201,21 @@ def _shares(layer: _Layer, preference: Tensor) -> tuple[Shares, Shares]:
         inside = dict.fromkeys(LAYERWISE, inside["full"])
         outside = dict.fromkeys(LAYERWISE, outside["full"])
     return inside, outside
+
+
+def _fold_errors(
+    layer: _Layer, names: Sequence[BasisName], preference: Tensor, number: int
+) -> Shares:
+    """Errors of every basis on one fold; all that is made of the other folds is made once."""
+    deltas = layer.problem.deltas
+    start = Start(update=torch.tensordot(preference, deltas, 1), weights=preference)
+    fold, rows = layer.folds[number], layer.rows[number]
+    rest = (layer.total.minus(fold), layer.all_rows.minus(rows))
+    bases = {name: _basis(name, rest[0], deltas) for name in names}
+    return {
+        name: fold_error(basis, rest, (fold, rows), start, default_ridge(basis), Constraint())
+        for name, basis in bases.items()
+    }
 
 
 def _in_sample(name: BasisName, layer: _Layer) -> float:

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_merge.layers.collecting import Collecting
 from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import Sampling
 from lightning_merge.merge_errors import MergeError, merge_errors
-from lightning_merge.merging import calibration_for
+from lightning_merge.merging import MergeInputs, calibration_for
 from lightning_merge.methods import Average, TaskArithmetic, WeightMethod
 from lightning_merge.methods.layer_diagnosis import (
     BASES,
@@ -199,6 +199,7 @@ def diagnose_experts(
     preference: Preference | None = None,
     num_folds: int = 5,
     tokens_per_sample: int | None = 64,
+    num_samples: int | None = None,
     base: nn.Module | None = None,
     head: str | None = None,
     module: nn.Module | None = None,
@@ -220,6 +221,8 @@ def diagnose_experts(
         preference: Weights of the tasks; equal by default.
         num_folds: Folds for the held-out shares.
         tokens_per_sample: At most as many columns of each sample.
+        num_samples: At most as many calibration samples of each task, evenly spread; all by
+            default. The time of all passes is in proportion.
         base: As for :func:`~lightning_merge.merge_experts`.
         head: As for ``merge_experts``.
         module: As for ``merge_experts``.
@@ -242,6 +245,8 @@ def diagnose_experts(
         batch_size=batch_size,
         runtime=runtime or Runtime(device=torch.device(device or "cpu")),
     )
+    if num_samples is not None:
+        given = _with_fewer(given, num_samples)
     walk = LayerWalk(
         given.base,
         given.experts,
@@ -265,6 +270,11 @@ def diagnose_experts(
     )
     merges = merge_errors(given, {"base": given.base, **states})
     return Diagnosis(tasks=names, layers=found, left=walk.found.left, merges=merges)
+
+
+def _with_fewer(given: MergeInputs, num_samples: int) -> MergeInputs:
+    inputs = {task: x.spread(num_samples) for task, x in given.calibration.inputs.items()}
+    return replace(given, calibration=replace(given.calibration, inputs=inputs))
 
 
 def _plain(value: Any) -> Any:

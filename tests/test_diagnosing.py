@@ -130,6 +130,18 @@ def test_layers_that_did_not_change_have_nothing_to_capture():
     assert math.isnan(found.score("full"))
 
 
+def test_fewer_samples_are_spread_over_the_set(setting):
+    network, experts, inputs = setting
+    few = {task: x[torch.arange(20) * 3] for task, x in inputs.items()}
+    expected = diagnose_experts(experts, few, base=network, head="4")
+    found = diagnose_experts(experts, inputs, base=network, head="4", num_samples=20)
+    assert found.as_dict() == expected.as_dict()
+    more = diagnose_experts(experts, few, base=network, head="4", num_samples=21)
+    assert more.as_dict() == expected.as_dict()
+    with pytest.raises(ValueError, match="num_samples=0: expected at least 1"):
+        diagnose_experts(experts, inputs, base=network, head="4", num_samples=0)
+
+
 def test_bars_name_the_stage_and_the_layer(setting):
     network, experts, inputs = setting
     shown = {}
@@ -155,6 +167,7 @@ def test_the_command_line(pool, tmp_path, monkeypatch):  # noqa: F811
         [
             *("diagnose", "--trainer.accelerator=cpu", "--trainer.devices=1"),
             *(f"--pool={pool.path}", f"--output={tmp_path / 'out'}"),
+            "--num_samples=50",
             '--heuristics=["TaskArithmetic"]',
         ]
     )

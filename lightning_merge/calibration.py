@@ -50,6 +50,18 @@ class CalibrationInputs:
         values = {name: tensor[rows] for name, tensor in self._tensors.items()}
         return values[SINGLE] if set(values) == {SINGLE} else values
 
+    def spread(self, number: int) -> "CalibrationInputs":
+        """At most so many samples, evenly spread: sets sorted by class keep their classes.
+
+        Raises:
+            ValueError: If the number is not positive.
+        """
+        if number < 1:
+            raise ValueError(f"num_samples={number}: expected at least 1, or null for all.")
+        if number >= len(self):
+            return self
+        return CalibrationInputs(_named(self.take(torch.arange(number) * len(self) // number)))
+
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Slices of ``batch_size`` samples that cover all of them; the last may be shorter."""
         for start in range(0, self._size, batch_size):

@@ -3,24 +3,21 @@
 import csv
 import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_merge.correction import CorrectionOptions
-from lightning_merge.correction.validation import HeldOutError, cross_validated_errors
 from lightning_merge.files import replacing, write_json
 from lightning_merge.functional.preference import Preference, as_preference
 from lightning_merge.layers.collecting import Collecting
 from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import Sampling
-from lightning_merge.merging import calibration_for, merge_experts
+from lightning_merge.merge_errors import MergeError, merge_errors
+from lightning_merge.merging import MergeInputs, calibration_for
 from lightning_merge.methods import Average, TaskArithmetic, WeightMethod
 from lightning_merge.methods.layer_diagnosis import (
     BASES,
@@ -37,16 +34,6 @@ from lightning_merge.selecting import brief
 PAYS = 0.02
 """A dearer basis is recommended if it captures at least this much more on folds left out."""
 FORMAT = "lightning_merge.diagnosis"
-
-
-@dataclass(frozen=True)
-class MergeError:
-    """Held-out errors behind the heads, relative to the experts' variance, mean over tasks."""
-
-    uncorrected: float
-    corrected: float
-    """Each task with its own correction."""
-    tasks: Mapping[str, HeldOutError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,6 +199,7 @@ def diagnose_experts(
     preference: Preference | None = None,
     num_folds: int = 5,
     tokens_per_sample: int | None = 64,
+    num_samples: int | None = None,
     base: nn.Module | None = None,
     head: str | None = None,
     module: nn.Module | None = None,
@@ -222,8 +210,8 @@ def diagnose_experts(
 ) -> Diagnosis:
     """Tell what merging these experts can keep, from unlabeled calibration inputs.
 
-    One pass of every expert gives the layers; two passes for each heuristic and the base give the
-    errors of whole networks.
+    One pass of every expert gives the layers; one more, beside a pass of the base and of each
+    heuristic, gives the errors of whole networks, which are in memory at once.
 
     Args:
         experts: A pool; or fine-tuned networks by task, with ``base`` and ``head``.
@@ -233,6 +221,8 @@ def diagnose_experts(
         preference: Weights of the tasks; equal by default.
         num_folds: Folds for the held-out shares.
         tokens_per_sample: At most as many columns of each sample.
+        num_samples: At most as many calibration samples of each task, evenly spread; all by
+            default. The time of all passes is in proportion.
         base: As for :func:`~lightning_merge.merge_experts`.
         head: As for ``merge_experts``.
         module: As for ``merge_experts``.
@@ -245,15 +235,18 @@ def diagnose_experts(
         ValueError: As ``merge_experts`` and ``OutputProjection`` do.
     """
     methods = list(heuristics) or [Average(), TaskArithmetic(scale=0.3)]
-    merging: dict[str, Any] = {
-        "base": base,
-        "head": head,
-        "module": module,
-        "tasks": tasks,
-        "batch_size": batch_size,
-        "runtime": runtime or Runtime(device=torch.device(device or "cpu")),
-    }
-    given = calibration_for(experts, calibration, **merging)
+    given = calibration_for(
+        experts,
+        calibration,
+        base=base,
+        head=head,
+        module=module,
+        tasks=tasks,
+        batch_size=batch_size,
+        runtime=runtime or Runtime(device=torch.device(device or "cpu")),
+    )
+    if num_samples is not None:
+        given = _with_fewer(given, num_samples)
     walk = LayerWalk(
         given.base,
         given.experts,
@@ -268,39 +261,20 @@ def diagnose_experts(
     )
     names = list(given.experts)
     equal = dict.fromkeys(names, 1.0)
+    states = {brief(method): method.merge(given.base, given.experts) for method in methods}
     found = diagnose_layers(
         walk,
         walk.expert_statistics(),
-        {brief(method): method.merge(given.base, given.experts) for method in methods},
+        states,
         as_preference(equal if preference is None else preference, names),
     )
-    merges = {}
-    candidates = {"base": TaskArithmetic(scale=0.0), **{brief(m): m for m in methods}}
-    for name, method in candidates.items():
-        model = merge_experts(
-            experts,
-            method,
-            calibration,
-            correction=CorrectionOptions(),
-            check=False,
-            report="off",
-            **merging,
-        )
-        merges[name] = _error(
-            cross_validated_errors(model.correction, None, heads=model.linear_heads())
-        )
+    merges = merge_errors(given, {"base": given.base, **states})
     return Diagnosis(tasks=names, layers=found, left=walk.found.left, merges=merges)
 
 
-def _error(errors: Mapping[str, HeldOutError]) -> MergeError:
-    alone = [e.identity for e in errors.values() if e.identity is not None]
-    if len(alone) < len(errors):
-        warnings.warn("experts of another width have no uncorrected error.", stacklevel=3)
-    return MergeError(
-        uncorrected=fmean(alone) if alone else math.nan,
-        corrected=fmean(e.corrected for e in errors.values()),
-        tasks=errors,
-    )
+def _with_fewer(given: MergeInputs, num_samples: int) -> MergeInputs:
+    inputs = {task: x.spread(num_samples) for task, x in given.calibration.inputs.items()}
+    return replace(given, calibration=replace(given.calibration, inputs=inputs))
 
 
 def _plain(value: Any) -> Any:

@@ -122,6 +122,7 @@ def diagnose(
     tasks: list[str] | None,
     num_folds: int,
     tokens_per_sample: int | None,
+    num_samples: int | None,
     batch_size: int,
 ) -> None:
     """Diagnose; the first process writes the results. See ``MergeTrainer.diagnose``."""
@@ -131,6 +132,7 @@ def diagnose(
         heuristics=heuristics or (),
         num_folds=num_folds,
         tokens_per_sample=tokens_per_sample,
+        num_samples=num_samples,
         module=network_within(model, experts.base, experts.head),
         tasks=tasks,
         batch_size=batch_size,

@@ -197,6 +197,7 @@ class MergeTrainer(Trainer):
         tasks: list[str] | None = None,
         num_folds: int = 5,
         tokens_per_sample: int | None = 64,
+        num_samples: int | None = None,
         batch_size: int = 128,
     ) -> None:
         """Tell what merging these experts can keep, from calibration inputs alone.
@@ -210,9 +211,10 @@ class MergeTrainer(Trainer):
             tasks: Diagnose these only, in this order; all of the pool by default.
             num_folds: Folds for the shares captured on samples left out.
             tokens_per_sample: At most as many columns (tokens, patches) of each sample; null: all.
+            num_samples: At most as many calibration samples of each task, evenly spread; null: all.
             batch_size: Samples a forward pass.
         """
-        settings = (heuristics, tasks, num_folds, tokens_per_sample, batch_size)
+        settings = (heuristics, tasks, num_folds, tokens_per_sample, num_samples, batch_size)
         self._launch(stages.diagnose, model, pool, output, *settings)
 
     def export(

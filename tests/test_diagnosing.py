@@ -11,6 +11,7 @@ from lightning_merge.merging import calibration_for
 from lightning_merge.methods import Average, OutputProjection, TaskArithmetic
 from lightning_merge.methods.layer_diagnosis import BASES
 from lightning_merge.report.diagnosis_figure import write_diagnosis_picture
+from lightning_merge.runtime import Runtime
 from tests.layers.networks import case, experts_of, mlp
 from tests.methods.test_layer_methods import pool  # noqa: F401 (a fixture)
 from tests.methods.test_projection import losses
@@ -129,12 +130,44 @@ def test_layers_that_did_not_change_have_nothing_to_capture():
     assert math.isnan(found.score("full"))
 
 
+def test_fewer_samples_are_spread_over_the_set(setting):
+    network, experts, inputs = setting
+    few = {task: x[torch.arange(20) * 3] for task, x in inputs.items()}
+    expected = diagnose_experts(experts, few, base=network, head="4")
+    found = diagnose_experts(experts, inputs, base=network, head="4", num_samples=20)
+    assert found.as_dict() == expected.as_dict()
+    more = diagnose_experts(experts, few, base=network, head="4", num_samples=21)
+    assert more.as_dict() == expected.as_dict()
+    with pytest.raises(ValueError, match="num_samples=0: expected at least 1"):
+        diagnose_experts(experts, inputs, base=network, head="4", num_samples=0)
+
+
+def test_bars_name_the_stage_and_the_layer(setting):
+    network, experts, inputs = setting
+    shown = {}
+
+    def progress(items, total, description, note=None):
+        items = list(items)
+        assert len(items) == total
+        shown[description] = [note(item) for item in items] if note else []
+        return items
+
+    runtime = Runtime(progress=progress)
+    diagnose_experts(experts, inputs, base=network, head="4", runtime=runtime)
+    assert shown["Diagnosing layers"] == ["0", "2"]
+    assert shown["Correcting"] == ["base", "Average()", "TaskArithmetic(scale=0.3)"]
+    assert {f"{stage} {task}" for stage in ("Inputs of", "Calibrating") for task in experts} <= set(
+        shown
+    )
+
+
 def test_the_command_line(pool, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("sys.argv", ["lightning-merge"])
     main(
         [
             *("diagnose", "--trainer.accelerator=cpu", "--trainer.devices=1"),
             *(f"--pool={pool.path}", f"--output={tmp_path / 'out'}"),
+            "--num_samples=50",
             '--heuristics=["TaskArithmetic"]',
         ]
     )

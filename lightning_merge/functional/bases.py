@@ -11,7 +11,7 @@ from lightning_merge.functional.projection import (
     System,
     combine_rows,
     leading_directions,
-    reachable,
+    reachable_directions,
     rotated,
     row_system,
     summed_system,
@@ -39,15 +39,22 @@ class Basis:
     blocks: Tensor | None = None
     """Number of the block of each of the g·o rows."""
 
-    def system(self, quadratic: Quadratic) -> System:
-        """The objective as least squares in the coefficients."""
+    def system(self, quadratic: Quadratic, rows: System | None = None) -> System:
+        """The objective as least squares in the coefficients.
+
+        Args:
+            quadratic: The objective.
+            rows: Its :func:`row_system` with the elements, where it is known; of use to ``task``,
+                ``block`` and ``row``.
+        """
         if self.name == "full":
             return System(quadratic.gram, quadratic.cross, quadratic.energy)
         if self.frame is not None:
             quadratic = rotated(quadratic, self.frame)
             if self.name == "subspace":
                 return System(quadratic.gram, quadratic.cross, quadratic.energy)
-        rows = row_system(quadratic, self._turned)
+        if rows is None or self.frame is not None:
+            rows = row_system(quadratic, self._turned)
         if self.name in ("row", "rotated_row"):
             return rows
         return summed_system(rows, self.blocks)
@@ -84,6 +91,11 @@ class Basis:
         if self.blocks is not None:
             count = int(self.blocks.max()) + 1
         return weights.expand(count, 1, -1).clone()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether coefficients multiply rows of the elements as they are given."""
+        return self.name not in FREE and self.frame is None
 
     @property
     def _turned(self) -> Tensor:
@@ -126,7 +138,7 @@ def _frame(quadratic: Quadratic, directions: Directions, rank: int) -> Tensor:
     if directions == "identity":
         return torch.eye(o).to(quadratic.cross)[:, :rank].expand(g, o, rank)
     if directions == "reachable":
-        return leading_directions(reachable(quadratic), rank)
+        return reachable_directions(quadratic, rank)
     if quadratic.residual_gram is None:
         raise ValueError(
             "directions='residual' needs the second moments of the residuals: collect the "

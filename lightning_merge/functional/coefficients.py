@@ -160,8 +160,34 @@ def held_out(
     error = 0.0
     for fold in used:
         rest = total.minus(fold)
-        basis = make(rest)
-        prior = basis.start(start.update, start.weights)
-        found = solve_system(basis.system(rest), prior, ridge, constraint)
-        error += fold.objective(basis.update(found))
+        error += fold_error(make(rest), (rest, None), (fold, None), start, ridge, constraint)
     return error
+
+
+WithRows: TypeAlias = tuple[Quadratic, System | None]
+"""An objective, and its row system with the elements of a basis where it is known."""
+
+
+def fold_error(
+    basis: Basis,
+    rest: WithRows,
+    fold: WithRows,
+    start: Start,
+    ridge: float,
+    constraint: Constraint,
+) -> float:
+    """Objective of one fold under the coefficients of the others.
+
+    Args:
+        basis: Made from the others.
+        rest: Objective of the others.
+        fold: Objective of the fold.
+        start: What the ridge pulls towards.
+        ridge: Relative, see :func:`ridge_unit`.
+        constraint: Of the coefficients.
+    """
+    prior = basis.start(start.update, start.weights)
+    found = solve_system(basis.system(*rest), prior, ridge, constraint)
+    if fold[1] is not None and basis.is_plain:
+        return basis.system(*fold).objective(found)
+    return fold[0].objective(basis.update(found))

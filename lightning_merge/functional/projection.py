@@ -11,6 +11,7 @@ layer) with updates :math:`\Delta W` of shape (g, o, i). With inputs :math:`X_t`
 Every basis turns this into a :class:`System`, least squares in its coefficients.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ class Quadratic:
     r""":math:`e = \sum w \|R\|^2`, the objective of no update."""
     residual_gram: Tensor | None = None
     r""":math:`E = \sum w R R^\top`, (g, o, o), where it was asked for."""
+
+    @functools.cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of G's pseudo-inverse and its eigenvectors, found once."""
+        return pseudo_spectrum(self.gram)
 
     def objective(self, update: Tensor) -> float:
         """J of an update, (g, o, i)."""
@@ -130,14 +136,29 @@ class System:
 
         .. math:: \rho = \mathrm{tr}(c\,Q^{+} c^\top) / e
         """
+        return self.captured_with(None)
+
+    def captured_with(self, spectrum: tuple[Tensor, Tensor] | None) -> float:
+        """``captured``, where the spectrum of the Gram matrix may be known."""
         if not self.energy > 0:
             return math.nan
-        return min(1.0, max(0.0, captured_energy(self.gram, self.cross) / self.energy))
+        removed = captured_energy(self.gram, self.cross, spectrum)
+        return min(1.0, max(0.0, removed / self.energy))
 
 
-def captured_energy(gram: Float[Tensor, "b d d"], cross: Float[Tensor, "b k d"]) -> float:
-    r""":math:`\sum_b \mathrm{tr}(c_b Q_b^{+} c_b^\top)`, never negative."""
-    inverse, Q = pseudo_spectrum(gram)
+def captured_energy(
+    gram: Float[Tensor, "b d d"],
+    cross: Float[Tensor, "b k d"],
+    spectrum: tuple[Tensor, Tensor] | None = None,
+) -> float:
+    r""":math:`\sum_b \mathrm{tr}(c_b Q_b^{+} c_b^\top)`, never negative.
+
+    Args:
+        gram: Q.
+        cross: c.
+        spectrum: :func:`~lightning_merge.functional.ridge.pseudo_spectrum` of Q; found if None.
+    """
+    inverse, Q = pseudo_spectrum(gram) if spectrum is None else spectrum
     return float(((cross @ Q).square() * inverse[..., None, :]).sum())
 
 
@@ -176,7 +197,7 @@ def summed_system(rows: System, groups: Int[Tensor, " r"] | None = None) -> Syst
 
 
 def joined_system(systems: Sequence[System]) -> System:
-    """Systems of one shape that share their coefficients, such as those of several layers."""
+    """Systems of one shape whose coefficients are the same: of parts of the samples, or layers."""
     return System(
         gram=torch.stack([system.gram for system in systems]).sum(0),
         cross=torch.stack([system.cross for system in systems]).sum(0),
@@ -205,9 +226,22 @@ def rotated(quadratic: Quadratic, directions: Float[Tensor, "g o r"]) -> Quadrat
 
 def reachable(quadratic: Quadratic) -> Float[Tensor, "g o o"]:
     r""":math:`K = P G^{+} P^\top`: the residual energy that any linear update can reach."""
-    inverse, Q = pseudo_spectrum(quadratic.gram)
-    turned = quadratic.cross @ Q
-    return (turned * inverse[..., None, :]) @ turned.mT
+    half = _reachable_root(quadratic)
+    return half @ half.mT
+
+
+def reachable_directions(quadratic: Quadratic, rank: int) -> Float[Tensor, "g o r"]:
+    r"""Leading eigenvectors of :func:`reachable`, through the smaller side of its root."""
+    half = _reachable_root(quadratic)
+    _, o, i = half.shape
+    if rank <= i < o:
+        return torch.linalg.svd(half, full_matrices=False)[0][..., :rank]
+    return leading_directions(half @ half.mT, rank)
+
+
+def _reachable_root(quadratic: Quadratic) -> Float[Tensor, "g o i"]:
+    inverse, Q = quadratic.spectrum
+    return (quadratic.cross @ Q) * inverse.sqrt()[..., None, :]
 
 
 def leading_directions(matrix: Float[Tensor, "g o o"], rank: int) -> Float[Tensor, "g o r"]:

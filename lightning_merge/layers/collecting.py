@@ -55,6 +55,7 @@ def expert_sums(
     for rows in inputs.runtime.progress(slices, len(slices), f"Inputs of {task}"):
         batch = inputs.batch(task, rows)
         indices, real = torch.arange(rows.start, rows.stop), real_tokens(batch)
+        drawn: dict[tuple[torch.Size, bool], Picked] = {}  # the draw looks at nothing else
 
         def receive(
             site: Site,
@@ -62,10 +63,13 @@ def expert_sums(
             owned: bool,
             indices: Tensor = indices,
             real: Tensor | None = real,
+            drawn: dict[tuple[torch.Size, bool], Picked] = drawn,
         ) -> None:
             _check_finite(columns, site, task)
-            picked = pick(columns, owned, indices, real, options.sampling)
-            _add(sums[site.name], columns, picked, options, matrices.coordinates(site))
+            key = (columns.shape[:2], owned)
+            if key not in drawn:
+                drawn[key] = pick(columns, owned, indices, real, options.sampling)
+            _add(sums[site.name], columns, drawn[key], options, matrices.coordinates(site))
 
         with (
             torch.inference_mode(),
@@ -129,12 +133,16 @@ def group_sums(
 
 def design(site: Site, columns: Tensor, picked: Picked, bias: bool) -> Tensor:
     """Picked columns as ``(g, m, i)``, float64, with a last entry of ones for the bias."""
-    flat = columns.flatten(0, 1)[picked.keep].to(torch.float64)
+    flat = columns.flatten(0, 1)
+    if not bool(picked.keep.all()):
+        flat = flat.index_select(0, picked.keep.nonzero()[:, 0])
     if site.kind == "norm":
         flat = flat[..., None]
-    if bias and site.biases:
-        flat = torch.cat([flat, flat.new_ones(*flat.shape[:-1], 1)], -1)
-    return flat.transpose(0, 1)
+    if not (bias and site.biases):
+        return flat.to(torch.float64).transpose(0, 1)
+    extended = flat.new_empty(*flat.shape[:-1], flat.shape[-1] + 1, dtype=torch.float64)
+    extended[..., :-1], extended[..., -1] = flat, 1
+    return extended.transpose(0, 1)
 
 
 def _add(
@@ -216,7 +224,10 @@ def _empty(
 
 
 def _check_finite(columns: Tensor, site: Site, task: str) -> None:
-    if columns.is_floating_point() and not bool(columns.isfinite().all()):
+    # A sum shows NaN and infinity at a fraction of the cost; one that overflows is looked into.
+    if not columns.is_floating_point() or bool(columns.sum().isfinite()):
+        return
+    if not bool(columns.isfinite().all()):
         raise ValueError(
             f"layer '{site.name}', task '{task}': the inputs hold NaN or infinity. Check the "
             "calibration inputs and the weights, or the precision of the pass."

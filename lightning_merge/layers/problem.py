@@ -1,5 +1,6 @@
 """The least squares of one layer: task vectors, and the objective of each task and fold."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -34,9 +35,9 @@ class LayerProblem:
     """What the problem of a wide layer is written in; then (g, o, i) is (g·o, 1, E)."""
 
     @property
-    def totals(self) -> list[Quadratic]:
-        """Objectives by task, over all folds."""
-        return [weighted_sum(folds, [1.0] * len(folds)) for folds in self.parts]
+    def energies(self) -> list[float]:
+        """Residual energies by task, over all folds."""
+        return [math.fsum(fold.energy for fold in folds) for folds in self.parts]
 
     def weights(self, preference: Sequence[float], scale: TaskScale) -> list[float]:
         r""":math:`w_t = p_t s_t`; see :data:`TaskScale`.
@@ -44,15 +45,15 @@ class LayerProblem:
         ``per_energy`` divides by the residual energy: relative errors count equally.
         """
         weights = []
-        for p, total, energy, count in zip(
-            preference, self.totals, self.target_energies, self.counts, strict=True
+        for p, residual, energy, count in zip(
+            preference, self.energies, self.target_energies, self.counts, strict=True
         ):
             if scale == "none":
                 divisor = 1.0
             elif scale == "per_sample":
                 divisor = count
             else:
-                divisor = max(total.energy, FLOOR * energy)
+                divisor = max(residual, FLOOR * energy)
             weights.append(p / divisor if divisor > 0 else 0.0)
         return weights
 
@@ -103,7 +104,7 @@ def layer_problem(
         if off_diagonal != 1:
             grams = [damped(gram, off_diagonal) for gram in grams]
         parts.append([same_input(delta, g, with_residual=residual_gram) for g in grams])
-        energies.append(sum(same_input(expert, gram).energy for gram in grams))
+        energies.append(same_input(expert, torch.stack(grams).sum(0)).energy)
     return LayerProblem(
         site=site,
         deltas=deltas,

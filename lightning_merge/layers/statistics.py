@@ -1,6 +1,6 @@
 """Sums over the input columns of a layer, by task and fold: float64, streamed and additive."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,23 +167,24 @@ class LayerSums:
         targets: Tensor | None = None,
     ) -> None:
         """Add columns ``(g, m, i)``, residuals and targets ``(g, m, o)`` of the picked columns."""
-        for fold in picked.folds.unique().tolist():
-            chosen = picked.folds == fold
-            omega = picked.weights[chosen]
-            x = columns[:, chosen]
-            weighted = x * omega[:, None]
-            r = None if residuals is None else residuals[:, chosen]
-            states = self._states
-            states["n"][fold] += omega.sum()
+        states = self._states
+        # Sorted once, each fold is a slice; a root of the weight on both sides of every product.
+        order = picked.folds.argsort(stable=True)
+        sizes = picked.folds.bincount(minlength=self.num_folds).tolist()
+        roots = picked.weights[order].sqrt()
+        x = _in_order(columns, order, roots)
+        r = None if residuals is None else _in_order(residuals, order, roots)
+        states["n"].index_add_(0, picked.folds, picked.weights)
+        for fold, rows in _slices(sizes):
             cross = states["cross"][fold] if r is not None else None
-            add_products(states["gram"][fold], cross, x, r, weighted)
-            if r is not None and targets is not None:
-                weighted_r = r * omega[:, None]
-                states["energy"][fold] += (weighted_r * r).sum()
-                squares = targets[:, chosen].square().sum((0, 2))
-                states["target_energy"][fold] += squares @ omega
-                if "residual_gram" in states:
-                    add_products(states["residual_gram"][fold], None, r, None, weighted_r)
+            own = None if r is None else r[:, rows]
+            add_products(states["gram"][fold], cross, x[:, rows], own, x[:, rows])
+            if own is not None and "residual_gram" in states:
+                add_products(states["residual_gram"][fold], None, own, None, own)
+        if r is not None and targets is not None:
+            states["energy"].index_add_(0, picked.folds[order], r.square().sum((0, 2)))
+            squares = targets.square().sum((0, 2)) * picked.weights
+            states["target_energy"].index_add_(0, picked.folds, squares)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -231,3 +232,18 @@ class LayerSums:
         copy.site, copy.shape, copy.elements = self.site, self.shape, self.elements
         copy._states = dict(states)
         return copy
+
+
+def _in_order(values: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """Rows of (g, m, d) in another order, each times its factor; strided as (m, g, d)."""
+    rows = values.transpose(0, 1).index_select(0, order)
+    return rows.mul_(factors[:, None, None]).transpose(0, 1)
+
+
+def _slices(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Consecutive slices of these sizes with their numbers; the empty ones left out."""
+    start = 0
+    for number, size in enumerate(sizes):
+        if size:
+            yield number, slice(start, start + size)
+        start += size

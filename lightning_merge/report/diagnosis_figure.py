@@ -1,10 +1,12 @@
 """The picture of a diagnosis: where the residual energy of every layer goes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_merge.diagnosing import Diagnosis
 from lightning_merge.files import replacing
+from lightning_merge.methods.layer_diagnosis import LayerDiagnosis
 from lightning_merge.report.pictures import (
     BLUE,
     FAINT,
@@ -33,22 +35,65 @@ PARTS = (
 """Nested bases: each holds the one before it."""
 
 
+SHOWN = 80
+"""Layers that are drawn at most: those with most residual energy, in the order they run."""
+
+
 def write_diagnosis_picture(diagnosis: Diagnosis, folder: str | Path) -> Path:
     """Write ``diagnosis.png`` into a folder; returns its path."""
     path = Path(folder) / "diagnosis.png"
-    rows = len(diagnosis.layers)
-    figure = new_figure(11.0, max(4.2, 1.9 + 0.2 * rows))
-    bars, errors = figure.subplots(1, 2, width_ratios=(2.7, 1))
-    _draw_layers(bars, diagnosis)
-    _draw_networks(errors, diagnosis)
+    layers = _shown(diagnosis.layers)
+    # Bars are as thick in a picture of three layers as in one of eighty.
+    heights = (max(2.0, 0.8 + 0.42 * len(diagnosis.merges)), 0.9 + 0.21 * max(1, len(layers)))
+    figure = new_figure(11.0, sum(heights))
+    grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(1.4, 1))
+    bars = figure.add_subplot(grid[1, :])
+    _draw_networks(figure.add_subplot(grid[0, 0]), diagnosis)
+    _draw_layers(bars, layers, diagnosis.layers)
+    _draw_legend(figure.add_subplot(grid[0, 1]), bars)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     return path
 
 
-def _draw_layers(axes: "Axes", diagnosis: Diagnosis) -> None:
+def _shown(layers: Sequence[LayerDiagnosis]) -> list[LayerDiagnosis]:
+    heaviest = sorted(range(len(layers)), key=lambda k: -layers[k].energy)[:SHOWN]
+    return [layers[k] for k in sorted(heaviest)]
+
+
+def _draw_layers(
+    axes: "Axes", layers: Sequence[LayerDiagnosis], every: Sequence[LayerDiagnosis]
+) -> None:
     tidy(axes)
-    layers = diagnosis.layers
+    _draw_parts(axes, layers)
+    _draw_marks(axes, layers)
+    prefix = _common([layer.name for layer in layers])
+    places = range(len(layers))
+    axes.set_yticks(places, [shorten(layer.name.removeprefix(prefix), 44) for layer in layers])
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    axes.tick_params(axis="x", top=len(layers) > 30, labeltop=len(layers) > 30)
+    energy = sum(layer.energy for layer in every)
+    for place, layer in zip(places, layers, strict=True):
+        axes.text(1.008, place, _percent(layer.energy, energy), va="center", fontsize=SMALL)
+    title = (
+        "What an update of each layer can capture, in the order they run; right: weight in means"
+    )
+    if len(every) > len(layers):
+        title += f"\nthe {len(layers)} of {len(every)} layers with most weight; all: layers.csv"
+    if prefix:
+        title += f"\nnames without their beginning '{shorten(prefix, 60)}'"
+    axes.set_title(title, fontsize=TEXT, loc="left")
+    label = "share of the layer's residual energy (marks at 0: the base or worse)"
+    axes.set_xlabel(label, fontsize=TEXT, color=INK)
+
+
+def _percent(part: float, whole: float) -> str:
+    share = part / whole if whole > 0 else 0.0
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
+
+
+def _draw_parts(axes: "Axes", layers: Sequence[LayerDiagnosis]) -> None:
     places = list(range(len(layers)))
     reached = [0.0] * len(layers)
     for label, color, basis in PARTS:
@@ -60,35 +105,46 @@ def _draw_layers(axes: "Axes", diagnosis: Diagnosis) -> None:
         reached = values
     rest = [1 - low for low in reached]
     axes.barh(places, rest, left=reached, color=FAINT, label="by none: conflict", height=0.78)
+
+
+def _draw_marks(axes: "Axes", layers: Sequence[LayerDiagnosis]) -> None:
+    places = list(range(len(layers)))
     held = [layer.held_out["full"] for layer in layers]
     axes.plot(held, places, "|", color=INK, markersize=9, mew=1.8, label="any update, held out")
-    for (name, color), marker in zip(
-        zip(_heuristics(diagnosis), (RED, INK, MUTED), strict=False), "oDs", strict=False
-    ):
+    names = list(next((layer.heuristics for layer in layers), {}))[:3]
+    for name, color, marker in zip(names, (RED, INK, MUTED), "oDs", strict=False):
         shown = [min(1.0, max(0.0, layer.heuristics[name])) for layer in layers]
-        axes.plot(shown, places, marker, color=color, mec="white", ms=5, label=name, clip_on=False)
-    axes.set_yticks(places, [shorten(layer.name, 34) for layer in layers])
-    axes.tick_params(axis="y", labelsize=SMALL - (1.5 if len(layers) > 40 else 0))
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    label = "share of the layer's residual energy (marks at 0: the base or worse)"
-    axes.set_xlabel(label, fontsize=TEXT, color=INK)
-    axes.set_title("What an update of each layer can capture", fontsize=TEXT, loc="left")
+        axes.plot(
+            shown, places, marker, color=color, mec="white", ms=5.5, label=name, clip_on=False
+        )
+
+
+def _common(names: Sequence[str]) -> str:
+    """The modules that all names begin with, with their dot."""
+    parts = [name.split(".")[:-1] for name in names]
+    same = 0
+    while all(len(p) > same and p[same] == parts[0][same] for p in parts) and len(parts) > 1:
+        same += 1
+    return "".join(f"{part}." for part in parts[0][:same]) if parts else ""
+
+
+def _draw_legend(axes: "Axes", of: "Axes") -> None:
+    """Bars from the coarsest basis to the finest, then marks; above a picture of any length."""
+    axes.set_axis_off()
+    handles, labels = of.get_legend_handles_labels()
+    pairs = sorted(
+        zip(handles, labels, strict=True), key=lambda pair: hasattr(pair[0], "get_ydata")
+    )
     axes.legend(
+        [handle for handle, _ in pairs],
+        [shorten(label, 48) for _, label in pairs],
+        title="Captured in each layer",
+        alignment="left",
+        title_fontsize=TEXT,
         fontsize=SMALL,
         frameon=False,
-        ncols=2,
         loc="upper left",
-        bbox_to_anchor=(0, -0.45 / _inches(axes)),
     )
-
-
-def _inches(axes: "Axes") -> float:
-    return max(1.0, axes.get_figure().get_size_inches()[1] - 1.2)  # type: ignore[union-attr]
-
-
-def _heuristics(diagnosis: Diagnosis) -> list[str]:
-    return list(next((layer.heuristics for layer in diagnosis.layers), {}))[:3]
 
 
 def _draw_networks(axes: "Axes", diagnosis: Diagnosis) -> None:
@@ -102,10 +158,16 @@ def _draw_networks(axes: "Axes", diagnosis: Diagnosis) -> None:
         values = [getattr(diagnosis.merges[name], field) for name in names]
         bars = axes.barh([p + offset for p in places], values, 0.38, color=color, label=label)
         axes.bar_label(bars, fmt="%.2f", fontsize=SMALL, padding=2, color=INK)
-    axes.set_yticks(places, [shorten(name, 24) for name in names])
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
-    axes.set_xlabel("error, held out", fontsize=TEXT, color=INK)
+    axes.set_yticks(places, [shorten(name, 40) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.set_xlabel("error behind the heads, held out (0: the expert)", fontsize=TEXT, color=INK)
     axes.set_title("Whole networks", fontsize=TEXT, loc="left")
-    below = (0, -0.45 / _inches(axes))
-    axes.legend(fontsize=SMALL, frameon=False, loc="upper left", bbox_to_anchor=below)
+    axes.legend(
+        fontsize=SMALL,
+        frameon=False,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1, 0.98),
+        borderaxespad=0.2,
+    )

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -6,10 +8,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_merge.layers.capture import hooked
+from lightning_merge.layers.collecting import Collecting
 from lightning_merge.layers.columns import by_sample, input_columns, unfold
 from lightning_merge.layers.sites import find_sites
 from lightning_merge.layers.statistics import LayerSums, Sampling, pick, real_tokens
-from tests.layers.networks import Tokens
+from lightning_merge.merging import calibration_for
+from lightning_merge.methods import Average
+from lightning_merge.methods.layerwise import LayerWalk
+from tests.layers.networks import Tokens, experts_of
 
 KINDS = ("linear", "convolution", "attention", "norm", "embedding")
 
@@ -217,3 +223,24 @@ def test_hooks_come_off_after_success_failure_and_an_early_end():
         network(ids)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_numbers_that_are_not_finite_are_named_and_large_ones_are_none_of_them():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).eval()
+    experts = experts_of(network, 2)
+    options = Collecting(sampling=Sampling(num_folds=2), bias=True)
+
+    def walk(inputs):
+        found = calibration_for(experts, dict.fromkeys(experts, inputs), base=network, head="1")
+        return LayerWalk(found.base, found.experts, found.calibration, Average(), KINDS, options)
+
+    largest = torch.finfo(torch.float32).max
+    walk(torch.full((8, 2), largest)).expert_statistics()  # their sum is infinite
+    for bad in (math.nan, math.inf):
+        inputs = torch.zeros(8, 2)
+        inputs[5, 1] = bad
+        with pytest.raises(ValueError, match="layer '0', task 'task0': the inputs hold NaN or inf"):
+            walk(inputs).expert_statistics()
+    opposite = torch.tensor([[math.inf, -math.inf]]).expand(8, 2).clone()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        walk(opposite).expert_statistics()

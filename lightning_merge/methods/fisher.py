@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from lightning_merge.functional.fisher import fisher_terms
 from lightning_merge.functional.seeds import seed_of
 from lightning_merge.methods.base import CalibratedMethod, Calibration
-from lightning_merge.methods.parts import check_inputs, check_weights, completed, parts_of
+from lightning_merge.methods.parts import (
+    check_finite_inputs,
+    check_inputs,
+    check_weights,
+    completed,
+    parts_of,
+)
 from lightning_merge.methods.sample_gradients import SquaredGradients
 from lightning_merge.networks import call_network, logits_of, plain_copy
 from lightning_merge.states import StateDict, check_compatible, check_finite
@@ -65,8 +71,8 @@ class Fisher(CalibratedMethod):
         """Merge the experts; one expert's information is in memory at a time, and two sums.
 
         Raises:
-            ValueError: If base and experts do not fit, calibration inputs of a task are missing,
-                or a task's head does not give class scores.
+            ValueError: If base and experts do not fit, calibration inputs of a task are missing
+                or not finite, or a task's head does not give class scores.
         """
         check_compatible(base, experts)
         check_weights(self.weights, experts)
@@ -101,6 +107,9 @@ class Fisher(CalibratedMethod):
             task: Whose expert and calibration inputs.
             calibration: Networks, inputs and processes; every process returns the same.
             names: Parameters wanted; all of the backbone by default.
+
+        Raises:
+            ValueError: If an input, or what comes of the inputs, is not finite.
         """
         network = plain_copy(calibration.network(task)).eval()
         wanted = _parameters(network, calibration.head, names)
@@ -109,6 +118,7 @@ class Fisher(CalibratedMethod):
         number = min(self.samples, len(inputs))
         # Evenly spread: calibration inputs may be sorted by class.
         rows = torch.arange(number) * len(inputs) // number
+        check_finite_inputs(task, inputs, rows, calibration.batch_size)
         chunks = list(runtime.share(rows.split(self.samples_at_once)))
         drawn = self._num_classes(network, inputs.take(rows[:1]), calibration) > self.exact_classes
         total = {n: torch.zeros_like(v, dtype=torch.float64) for n, v in wanted.items()}
@@ -117,7 +127,14 @@ class Fisher(CalibratedMethod):
             found = squares.sum_of(runtime.to_device(inputs.take(chunk)), uniforms)
             for name, value in found.items():
                 total[name] += value
-        return {name: runtime.reduce(value) / number for name, value in total.items()}
+        mean = {name: runtime.reduce(value) / number for name, value in total.items()}
+        if wrong := [name for name, value in mean.items() if not bool(value.isfinite().all())]:
+            raise ValueError(
+                f"'{task}': the Fisher information of {len(wrong)} parameters holds NaN or "
+                f"infinity: {', '.join(wrong[:5])}. Its predictions or their gradients overflow on "
+                "the calibration inputs: check these and the expert, or use a wider precision."
+            )
+        return mean
 
     def _num_classes(self, network: nn.Module, batch: object, calibration: Calibration) -> int:
         with torch.inference_mode():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_merge.calibration import CalibrationInputs, check_finite_batch
 from lightning_merge.functional.average import average
 from lightning_merge.methods.walk import stack_parameter
 from lightning_merge.networks import clean_names, load_backbone, split_state
@@ -108,6 +109,21 @@ def check_weights(weights: Mapping[str, float] | None, tasks: Mapping[str, objec
             f"weights must name every expert once: {', '.join(tasks)}; found "
             f"{', '.join(weights) or 'none'}."
         )
+
+
+def check_finite_inputs(
+    task: str, inputs: CalibrationInputs, rows: Tensor, batch_size: int
+) -> None:
+    """Raise a ``ValueError`` if a sample that will be used is not finite, on every process alike.
+
+    Args:
+        task: Whose inputs.
+        inputs: All of them.
+        rows: Numbers of the samples that will be used.
+        batch_size: Samples looked at at a time.
+    """
+    for part in rows.split(batch_size):
+        check_finite_batch(task, inputs.take(part), part.tolist())
 
 
 def check_inputs(tasks: Mapping[str, object], inputs: Mapping[str, object], method: str) -> None:

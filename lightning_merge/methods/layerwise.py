@@ -85,6 +85,8 @@ class LayerWalk:
         network = self.network
         found = find_sites(network, self.calibration.head, list(self.base), self.kinds)
         self.found = self._within(found)
+        if found.unknown:
+            warnings.warn(found.told(type(self.fallback).__name__), stacklevel=3)
         inputs = self.calibration.inputs[next(iter(self.experts))]
         batch = self.calibration.runtime.to_device(inputs[slice(0, TRACED)])
         order = self.order = trace(network, self.found.handled, batch)

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from lightning_merge.layers.sites import CONVOLUTIONS, Site
 
+NOT_AFFINE = "does more than scale and shift its normalised input, such as an activation"
+
 
 @torch.no_grad()
 def input_columns(
@@ -108,7 +110,26 @@ def normalised(site: Site, module: nn.Module, value: Tensor) -> Tensor:
 
     Found by running the module with other scales and shifts, so that subclasses with another
     arrangement of channels are served as well.
+
+    Raises:
+        ValueError: If its output is no affine function of its normalised input.
     """
+    found = _normalised(module, value)
+    if found is None:
+        raise ValueError(
+            f"layer '{site.name}' ({type(module).__name__}) {NOT_AFFINE}. Leave such layers to the "
+            "fallback: take 'norm' out of layers."
+        )
+    return found
+
+
+def is_affine(module: nn.Module, value: Tensor) -> bool:
+    """Whether a norm is a scale and a shift of its normalised input, and nothing more."""
+    with torch.no_grad():
+        return _normalised(module, value) is not None
+
+
+def _normalised(module: nn.Module, value: Tensor) -> Tensor | None:
     like = module.weight
     assert isinstance(like, Tensor)
     width, zeros = len(like), torch.zeros_like(like)
@@ -123,10 +144,7 @@ def normalised(site: Site, module: nn.Module, value: Tensor) -> Tensor:
             error = (scaled.movedim(axis, -1) - last.double() * probe.double()).abs().max()
             if float(error) <= tolerance * 8 * (1 + float(plain.abs().max())):
                 return last
-    raise ValueError(
-        f"layer '{site.name}' ({type(module).__name__}): its output is not scale times normalised "
-        "input plus shift. Leave such layers to the fallback: take 'norm' out of layers."
-    )
+    return None
 
 
 def _rescaled(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:

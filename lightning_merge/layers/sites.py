@@ -78,8 +78,16 @@ class Sites:
     left: Mapping[str, str]
     """Why other modules with weights are left to the fallback, by name."""
     unknown: tuple[str, ...] = ()
-    """Those of them that hold a matrix of weights, and that no choice of kinds would have merged:
-    worth a warning."""
+    """Those of them that are worth a warning: modules with a matrix of weights that no kind of
+    layer covers, and norms that are no plain norms."""
+
+    def without(self, reasons: Mapping[str, str]) -> "Sites":
+        """The same with some of the handled left to the fallback, for reasons worth a warning."""
+        return Sites(
+            handled=tuple(site for site in self.handled if site.name not in reasons),
+            left={**self.left, **reasons},
+            unknown=(*self.unknown, *reasons),
+        )
 
     def told(self, fallback: str) -> str:
         """Names and reasons of what is unknown, in a sentence for each reason.

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,13 +85,14 @@ class LayerWalk:
         network = self.network
         found = find_sites(network, self.calibration.head, list(self.base), self.kinds)
         self.found = self._within(found)
-        if found.unknown:
-            warnings.warn(found.told(type(self.fallback).__name__), stacklevel=3)
         inputs = self.calibration.inputs[next(iter(self.experts))]
         batch = self.calibration.runtime.to_device(inputs[slice(0, TRACED)])
         order = self.order = trace(network, self.found.handled, batch)
+        self.found = self.found.without(order.refused)
+        if self.found.unknown:
+            warnings.warn(self.found.told(type(self.fallback).__name__), stacklevel=3)
         unused = {site.name: "it does not run on the calibration inputs" for site in order.unused}
-        self.found = Sites(self.found.handled, {**self.found.left, **unused})
+        self.found = replace(self.found, left={**self.found.left, **unused})
         self.state = dict(self.fallback.merge(self.base, self.experts))
         self._fallback = {
             name: self.state[name].clone()
@@ -119,7 +120,7 @@ class LayerWalk:
         )
         reasons = {name: f"{size} inputs, more than max_inputs" for name, size in wide.items()}
         handled = tuple(site for site in found.handled if site.name not in wide)
-        return Sites(handled, {**found.left, **reasons})
+        return Sites(handled, {**found.left, **reasons}, found.unknown)
 
     @property
     def network(self) -> nn.Module:

@@ -63,6 +63,58 @@ def test_batch_norms_get_the_statistics_of_the_merged_network():
     assert math.isfinite(error)
 
 
+class Activated(nn.BatchNorm2d):
+    """As the batch norms of timm that hold their activation."""
+
+    def forward(self, x):
+        return nn.functional.silu(super().forward(x))
+
+
+class Mixed(nn.Module):
+    """A batch norm that is no plain norm, and one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3), Activated(4)
+        self.second, self.plain = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.plain(self.second(self.norm(self.first(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_norm_with_an_activation_inside_is_averaged_and_all_else_goes_on(mode):
+    torch.manual_seed(0)
+    network = Mixed()
+    base, states, calibration, experts = case(network, "head", (2, 8, 8))
+    method = OutputProjection(mode=mode, num_folds=None, safeguard=False)
+    told = "1 layers are merged by Average.*: norm. Activated does more than scale and shift"
+    with pytest.warns(UserWarning, match=told):
+        merged, reports = method.project(base, states, calibration)
+    assert [report.name for report in reports] == ["first", "second", "plain"]
+    for name in ("norm.weight", "norm.bias"):
+        mean = torch.stack([state[name] for state in states.values()]).mean(0)
+        torch.testing.assert_close(merged[name], mean)
+    # Its statistics are those of the merge all the same.
+    with pytest.warns(UserWarning, match=told):
+        model = merge_experts(
+            experts, method, calibration.inputs, base=network, head="head",
+            correction=None, report="off",
+        )  # fmt: skip
+    reached = []
+    handle = model.network.norm.register_forward_pre_hook(lambda _, args: reached.append(args[0]))
+    size = min(len(inputs) for inputs in calibration.inputs.values())
+    for task in experts:
+        with torch.no_grad():
+            model.network(calibration.inputs[task][slice(0, size)])
+    handle.remove()
+    values = torch.cat(reached)
+    mean, variance = values.mean((0, 2, 3)), values.var((0, 2, 3))
+    torch.testing.assert_close(model.network.norm.running_mean, mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.network.norm.running_var, variance, rtol=1e-2, atol=1e-3)
+
+
 def test_a_transformers_encoder_with_padding():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

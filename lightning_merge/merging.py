@@ -116,9 +116,9 @@ def merge_experts(
         walk = runtime.over_parameters(list(origin), "Merging")
         state = dict(each for _, each in zip(walk, method.stream(origin, lazily), strict=True))
     elif isinstance(method, CalibratedMethod):
-        state = method.merge(
-            source.base, lazily, _calibration(source, network, heads, inputs, runtime, batch_size)
-        )
+        calibrated = _calibration(source, network, heads, inputs, runtime, batch_size)
+        outcome = method.outcome(source.base, lazily, calibrated)
+        state, method = outcome.state, outcome.method or method
     else:
         raise ValueError(f"{type(method).__name__} is neither a WeightMethod nor CalibratedMethod.")
     load_backbone(network, state, source.head)
@@ -265,7 +265,8 @@ def _check_inputs(
     missing = [task for task in names if task not in inputs]
     reasons = {
         "the correction": options is not None,
-        f"the method {type(method).__name__}": isinstance(method, CalibratedMethod),
+        f"the method {type(method).__name__}": isinstance(method, CalibratedMethod)
+        and method.needs_inputs,
         "batch_norm='reestimate'": batch_norm == "reestimate",
     }
     needing = [reason for reason, applies in reasons.items() if applies]

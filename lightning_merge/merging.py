@@ -23,6 +23,7 @@ from lightning_merge.methods import (
     WeightMethod,
 )
 from lightning_merge.methods.interference import MergeReport, ReportDepth, merge_report
+from lightning_merge.methods.outcome import Outcome
 from lightning_merge.networks import (
     build_head,
     get_submodule,
@@ -111,6 +112,7 @@ def merge_experts(
     timings["interference"] = time.perf_counter() - start
 
     start = time.perf_counter()
+    outcome: Outcome | None = None
     if isinstance(method, WeightMethod):
         origin = source.base
         walk = runtime.over_parameters(list(origin), "Merging")
@@ -141,7 +143,8 @@ def merge_experts(
         statistics=statistics,
         options=options or CorrectionOptions(),
         model=source.model,
-        report=_written(report, method, network),
+        report=_written(report, method, network, outcome),
+        files={} if outcome is None else dict(outcome.files),
         record={
             "method": describe(method),
             "base_fingerprint": source.fingerprint,
@@ -183,10 +186,15 @@ def measure(
     return found
 
 
-def _written(report: MergeReport | str, method: MergeMethod, network: nn.Module) -> dict[str, Any]:
+def _written(
+    report: MergeReport | str, method: MergeMethod, network: nn.Module, outcome: Outcome | None
+) -> dict[str, Any]:
+    found = {"found": dict(outcome.found)} if outcome is not None and outcome.found else {}
     if not isinstance(report, MergeReport):
-        return {}
-    return report.under(method).in_order(list(named_state(network))).as_dict()
+        return found
+    got = None if outcome is None else outcome.treatments
+    measured = report.under(method, got).in_order(list(named_state(network)))
+    return {**measured.as_dict(), **found}
 
 
 @dataclass(frozen=True, kw_only=True)

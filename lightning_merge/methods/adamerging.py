@@ -24,8 +24,8 @@ from lightning_merge.methods.adaptation.vectors import (
 )
 from lightning_merge.methods.base import CalibratedMethod, Calibration, WeightMethod
 from lightning_merge.methods.checks import check_density
-from lightning_merge.methods.outcome import Outcome
-from lightning_merge.methods.parts import Parts, check_inputs, completed, parts_of
+from lightning_merge.methods.outcome import Outcome, as_plain
+from lightning_merge.methods.parts import Parts, check_inputs, completed, parts_of, treatments_of
 from lightning_merge.methods.ties import TIES, agreeing_task_vectors
 from lightning_merge.networks import load_backbone
 from lightning_merge.states import StateDict, check_compatible, check_finite, fingerprint
@@ -157,7 +157,10 @@ class AdaMerging(CalibratedMethod):
     def outcome(
         self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
     ) -> Outcome:
-        """Merge as :meth:`merge` does; coefficients from a file bring their protocol with them."""
+        """Merge as :meth:`merge` does, and tell the coefficients with how they were learned.
+
+        Those from a file bring their protocol with them.
+        """
         weights, shared, parts = self._prepare(base, experts, calibration)
         learned = self._learned(base, experts, calibration, weights, shared)
         without = learned.unused if self.unused == "zero" else ()
@@ -165,6 +168,9 @@ class AdaMerging(CalibratedMethod):
         return Outcome(
             state=completed(weights.live, parts, base, experts),
             method=replace(self, protocol=learned.record.get("protocol", self.protocol)),
+            found=as_plain(learned.summary()),
+            files=learned.files(),
+            treatments=treatments_of(parts),
         )
 
     @property

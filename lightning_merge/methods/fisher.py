@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from lightning_merge.functional.fisher import fisher_terms
 from lightning_merge.functional.seeds import seed_of
 from lightning_merge.methods.base import CalibratedMethod, Calibration
+from lightning_merge.methods.outcome import Outcome
 from lightning_merge.methods.parts import (
     check_finite_inputs,
     check_inputs,
     check_weights,
     completed,
     parts_of,
+    treatments_of,
 )
 from lightning_merge.methods.sample_gradients import SquaredGradients
 from lightning_merge.networks import call_network, logits_of, plain_copy
@@ -74,6 +76,12 @@ class Fisher(CalibratedMethod):
             ValueError: If base and experts do not fit, calibration inputs of a task are missing
                 or not finite, or a task's head does not give class scores.
         """
+        return self.outcome(base, experts, calibration).state
+
+    def outcome(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> Outcome:
+        """Merge as :meth:`merge` does, and tell which tensors are plainly averaged, or kept."""
         check_compatible(base, experts)
         check_weights(self.weights, experts)
         check_inputs(experts, calibration.inputs, "Fisher")
@@ -96,7 +104,8 @@ class Fisher(CalibratedMethod):
                 for sums, term in zip((numerator, denominator), terms, strict=True):
                     sums[name] = sums[name].add_(term) if name in sums else term
         merged = {name: value.div_(denominator.pop(name)) for name, value in numerator.items()}
-        return completed(merged, parts, base, experts, self.weights)
+        state = completed(merged, parts, base, experts, self.weights)
+        return Outcome(state=state, treatments=treatments_of(parts))
 
     def information(
         self, task: str, calibration: Calibration, names: tuple[str, ...] | None = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.functional.soup import agreement, greedy_members, mean_with
 from lightning_merge.methods.base import CalibratedMethod, Calibration
+from lightning_merge.methods.outcome import Outcome, as_plain
 from lightning_merge.methods.parts import check_finite_inputs, check_inputs
 from lightning_merge.networks import (
     call_network,
@@ -78,8 +79,24 @@ class GreedySoup(CalibratedMethod):
             ValueError: If base and experts do not fit, or calibration inputs of a task are missing
                 or not finite.
         """
+        return self.outcome(base, experts, calibration).state
+
+    def outcome(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> Outcome:
+        """Merge as :meth:`merge` does, and tell the members, and every trial with its score."""
         check_compatible(base, experts)
-        return self.soup(base, experts, self.score(tuple(experts), calibration)).state
+        soup = self.soup(base, experts, self.score(tuple(experts), calibration))
+        trace = [
+            {"expert": task, "score": score, "added": added} for task, score, added in soup.trace
+        ]
+        found = {"members": soup.members, "score": soup.score, "scores": soup.scores}
+        kept = [name for name in base if kind_of(base, name) == "integer"]
+        return Outcome(
+            state=soup.state,
+            found=as_plain({**found, "trace": trace}),
+            treatments=dict.fromkeys(kept, "base"),
+        )
 
     def soup(self, base: StateDict, experts: Mapping[str, StateDict], score: Score) -> Soup:
         """Make the soup under any score.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_merge.calibration import CalibrationInputs, check_finite_batch
 from lightning_merge.functional.average import average
+from lightning_merge.methods.outcome import PlannedTreatment
 from lightning_merge.methods.walk import stack_parameter
 from lightning_merge.networks import clean_names, load_backbone, split_state
 from lightning_merge.states import StateDict, check_finite, kind_of, tied_names
@@ -100,6 +101,12 @@ def completed(
             check_finite(name, "the base", value)
             found[name] = value.clone()
     return {name: found[parts.ties.get(name, name)] for name in base}
+
+
+def treatments_of(parts: Parts) -> dict[str, PlannedTreatment]:
+    """What the tensors get that are no parameters, as :func:`completed` gives it to them."""
+    found: dict[str, PlannedTreatment] = dict.fromkeys(parts.averaged, "average")
+    return {**found, **dict.fromkeys(parts.kept, "base")}
 
 
 def check_weights(weights: Mapping[str, float] | None, tasks: Mapping[str, object]) -> None:

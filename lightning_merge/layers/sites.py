@@ -1,6 +1,6 @@
 """Which layers of a network are least-squares problems, and where their weights are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -142,6 +142,25 @@ def find_sites(network: nn.Module, head: str, names: Sequence[str], kinds: Seque
             _add(found, left, _with_ties(site, live, known))
     unknown += [name for name, reason in left.items() if reason.startswith(SHARED)]
     return Sites(handled=tuple(found.values()), left=left, unknown=tuple(unknown))
+
+
+def may_be_site(name: str, shape: tuple[int, ...], kinds: Collection[Kind], *, bias: bool) -> bool:
+    """Whether a parameter can belong to a layer that is solved, as far as name and shape tell.
+
+    Args:
+        name: Its name in the state dict.
+        shape: Its shape.
+        kinds: Kinds of layers that are solved.
+        bias: Whether biases are solved with their weights.
+    """
+    leaf = name.rpartition(".")[2]
+    if leaf in ("bias", "in_proj_bias"):
+        return bias and bool(kinds)
+    if leaf != "weight":
+        packed = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return leaf in packed and "attention" in kinds
+    of_rank: dict[int, set[Kind]] = {1: {"norm"}, 2: {"linear", "attention", "embedding"}}
+    return not of_rank.get(len(shape), {"convolution"}).isdisjoint(kinds)
 
 
 def _has_matrix(module: nn.Module) -> bool:

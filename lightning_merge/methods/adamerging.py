@@ -24,8 +24,15 @@ from lightning_merge.methods.adaptation.vectors import (
 )
 from lightning_merge.methods.base import CalibratedMethod, Calibration, WeightMethod
 from lightning_merge.methods.checks import check_density
-from lightning_merge.methods.outcome import Outcome, as_plain
-from lightning_merge.methods.parts import Parts, check_inputs, completed, parts_of, treatments_of
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment, as_plain
+from lightning_merge.methods.parts import (
+    Parts,
+    check_inputs,
+    completed,
+    known_of_buffer,
+    parts_of,
+    treatments_of,
+)
 from lightning_merge.methods.ties import TIES, agreeing_task_vectors
 from lightning_merge.networks import load_backbone
 from lightning_merge.states import StateDict, check_compatible, check_finite, fingerprint
@@ -172,6 +179,10 @@ class AdaMerging(CalibratedMethod):
             files=learned.files(),
             treatments=treatments_of(parts),
         )
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """Buffers are averaged or kept; parameters need the data."""
+        return known_of_buffer(name, kind)
 
     @property
     def needs_inputs(self) -> bool:

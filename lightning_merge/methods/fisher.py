@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lightning_merge.functional.fisher import fisher_terms
 from lightning_merge.functional.seeds import seed_of
 from lightning_merge.methods.base import CalibratedMethod, Calibration
-from lightning_merge.methods.outcome import Outcome
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.methods.parts import (
     check_finite_inputs,
     check_inputs,
     check_weights,
     completed,
+    known_of_buffer,
     parts_of,
     treatments_of,
 )
@@ -106,6 +107,10 @@ class Fisher(CalibratedMethod):
         merged = {name: value.div_(denominator.pop(name)) for name, value in numerator.items()}
         state = completed(merged, parts, base, experts, self.weights)
         return Outcome(state=state, treatments=treatments_of(parts))
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """Buffers are averaged or kept; parameters need the data."""
+        return known_of_buffer(name, kind)
 
     def information(
         self, task: str, calibration: Calibration, names: tuple[str, ...] | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.functional.soup import agreement, greedy_members, mean_with
 from lightning_merge.methods.base import CalibratedMethod, Calibration
-from lightning_merge.methods.outcome import Outcome, as_plain
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment, as_plain
 from lightning_merge.methods.parts import check_finite_inputs, check_inputs
 from lightning_merge.networks import (
     call_network,
@@ -97,6 +97,10 @@ class GreedySoup(CalibratedMethod):
             found=as_plain({**found, "trace": trace}),
             treatments=dict.fromkeys(kept, "base"),
         )
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """Integers are the base's; which experts the others are averaged over, the data tells."""
+        return "base" if kind == "integer" else "unknown"
 
     def soup(self, base: StateDict, experts: Mapping[str, StateDict], score: Score) -> Soup:
         """Make the soup under any score.

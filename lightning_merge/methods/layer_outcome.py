@@ -1,18 +1,19 @@
 """What a method that solves layers on their inputs found, as plain data."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 from torch import Tensor
 
+from lightning_merge.layers.sites import Kind, may_be_site
 from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.layer_solution import LayerReport
 from lightning_merge.methods.layerwise import LayerWalk
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment, as_plain
-from lightning_merge.states import StateDict, kind_of
+from lightning_merge.states import STATISTIC_SUFFIXES, StateDict, kind_of
 
 LAYERS = "layers.json"
 MOST_NAMES = 12
@@ -45,6 +46,34 @@ def fallback_treatment(fallback: WeightMethod, name: str, kind: str) -> PlannedT
     if found == "method":
         return "average" if isinstance(fallback, Average) else "fallback"
     return found
+
+
+def known_of_layer(
+    fallback: WeightMethod,
+    kinds: Collection[Kind],
+    name: str,
+    shape: tuple[int, ...],
+    kind: str,
+    *,
+    bias: bool,
+    renormalised: bool,
+) -> PlannedTreatment:
+    """What an entry gets as far as that is known without a pass.
+
+    Args:
+        fallback: Merges what no layer covers.
+        kinds: Kinds of layers that are solved.
+        name: The entry.
+        shape: Its shape.
+        kind: ``"floating"`` or ``"integer"``.
+        bias: Whether biases are solved with their weights.
+        renormalised: Whether batch norms get the statistics of what reaches them.
+    """
+    if kind == "floating":
+        statistic = name.rpartition(".")[2] in STATISTIC_SUFFIXES
+        if renormalised if statistic else may_be_site(name, shape, kinds, bias=bias):
+            return "unknown"
+    return fallback_treatment(fallback, name, kind)
 
 
 def _summary(reports: Sequence[LayerReport]) -> dict[str, Any]:
@@ -82,6 +111,7 @@ def _treatments(walk: LayerWalk, reports: Sequence[LayerReport]) -> dict[str, Pl
             found.update(dict.fromkeys(names, "base"))
         if kept[site.name] != "fallback":  # a heuristic of the method is the method's choice
             solved.update(names)
+    solved |= walk.renormalised
     base: StateDict = walk.base
     for name in base:
         if name not in solved:

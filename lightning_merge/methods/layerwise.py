@@ -72,6 +72,8 @@ class LayerWalk:
     max_inputs: int = 8192
     state: dict[str, Tensor] = field(init=False)
     """The merged weights so far."""
+    renormalised: set[str] = field(default_factory=set, init=False)
+    """Running statistics that are those of what reaches the merged layers."""
     found: Sites = field(init=False)
     order: Trace = field(init=False)
 
@@ -316,3 +318,4 @@ class LayerWalk:
         for name in site.modules:
             self.state[f"{name}.running_mean"].copy_(module.running_mean)
             self.state[f"{name}.running_var"].copy_(module.running_var)
+            self.renormalised |= {f"{name}.running_mean", f"{name}.running_var"}

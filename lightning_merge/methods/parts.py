@@ -11,7 +11,7 @@ from lightning_merge.functional.average import average
 from lightning_merge.methods.outcome import PlannedTreatment
 from lightning_merge.methods.walk import stack_parameter
 from lightning_merge.networks import clean_names, load_backbone, split_state
-from lightning_merge.states import StateDict, check_finite, kind_of, tied_names
+from lightning_merge.states import STATISTIC_SUFFIXES, StateDict, check_finite, kind_of, tied_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,13 @@ def treatments_of(parts: Parts) -> dict[str, PlannedTreatment]:
     """What the tensors get that are no parameters, as :func:`completed` gives it to them."""
     found: dict[str, PlannedTreatment] = dict.fromkeys(parts.averaged, "average")
     return {**found, **dict.fromkeys(parts.kept, "base")}
+
+
+def known_of_buffer(name: str, kind: str) -> PlannedTreatment:
+    """What an entry gets as far as name and kind tell, where :func:`completed` ends a merge."""
+    if kind == "integer":
+        return "base"
+    return "average" if name.rpartition(".")[2] in STATISTIC_SUFFIXES else "unknown"
 
 
 def check_weights(weights: Mapping[str, float] | None, tasks: Mapping[str, object]) -> None:

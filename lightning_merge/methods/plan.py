@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.base import CalibratedMethod, WeightMethod
 from lightning_merge.methods.outcome import PlannedTreatment
 from lightning_merge.methods.rules import check_rules, coefficients_of
 from lightning_merge.states import (
@@ -66,6 +66,20 @@ def plan(
             else (),
         )
         for parameter, treatment in zip(planned, found, strict=True)
+    ]
+
+
+def plan_with_data(
+    method: CalibratedMethod, base: StateDict, experts: Mapping[str, StateDict]
+) -> list[PlannedParameter]:
+    """The same for a method with data: what is known without a pass; the rest is ``unknown``.
+
+    Raises:
+        ValueError: If the experts do not fit the base.
+    """
+    return [
+        replace(p, treatment=method.known_treatment(p.name, p.shape, p.kind))
+        for p in plan_plainly(base, experts)
     ]
 
 

@@ -21,7 +21,7 @@ from lightning_merge.layers.statistics import LayerSums, Sampling
 from lightning_merge.layers.streams import CacheOptions
 from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import CalibratedMethod, Calibration, WeightMethod
-from lightning_merge.methods.layer_outcome import layer_outcome
+from lightning_merge.methods.layer_outcome import known_of_layer, layer_outcome
 from lightning_merge.methods.layer_solution import (
     LayerInputs,
     LayerOptions,
@@ -29,7 +29,7 @@ from lightning_merge.methods.layer_solution import (
     solve_layer,
 )
 from lightning_merge.methods.layerwise import LayerWalk
-from lightning_merge.methods.outcome import Outcome
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.methods.output_error import output_error
 from lightning_merge.states import StateDict
 
@@ -155,6 +155,18 @@ class OutputProjection(CalibratedMethod):
         solver = _Solver(self, base, experts, calibration)
         state, reports = solver.solved()
         return layer_outcome(state, solver.walk, reports)
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """What no layer of these kinds can hold is the fallback's."""
+        return known_of_layer(
+            self.fallback or Average(),
+            self.layers,
+            name,
+            shape,
+            kind,
+            bias=True,
+            renormalised=self.mode == "sequential" and "norm" in self.layers,
+        )
 
     def solve(
         self,

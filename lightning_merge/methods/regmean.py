@@ -16,10 +16,10 @@ from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import Sampling
 from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import CalibratedMethod, Calibration
-from lightning_merge.methods.layer_outcome import layer_outcome
+from lightning_merge.methods.layer_outcome import known_of_layer, layer_outcome
 from lightning_merge.methods.layer_solution import LayerReport
 from lightning_merge.methods.layerwise import LayerWalk
-from lightning_merge.methods.outcome import Outcome
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.states import StateDict
 
 
@@ -112,6 +112,12 @@ class RegMean(CalibratedMethod):
                 problem = walk.problem(site, statistics[site.name])
                 walk.write(site, solve(problem, walk.fallback_update(site)))
         return layer_outcome(walk.finished(), walk, reports)
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """Biases, and what no layer of these kinds can hold, are averaged."""
+        return known_of_layer(
+            Average(), self.layers, name, shape, kind, bias=False, renormalised=False
+        )
 
     def _report(
         self, problem: LayerProblem, preference: Tensor, update: Tensor, fallback: Tensor

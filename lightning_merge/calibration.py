@@ -1,6 +1,6 @@
 """Unlabeled calibration inputs of a task: kept in a safetensors file, read a slice at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,23 @@ class CalibrationInputs:
             raise ValueError("calibration batches have different names of inputs.")
         joined = {name: torch.cat([part[name] for part in parts])[:limit] for name in parts[0]}
         return cls(joined)
+
+
+def check_finite_batch(task: str, batch: Any, numbers: Sequence[int]) -> None:
+    """Raise a ``ValueError`` naming the task if a batch of calibration inputs is not all finite.
+
+    Args:
+        task: Whose inputs.
+        batch: A tensor of inputs, or named tensors.
+        numbers: Of its samples among the task's inputs.
+    """
+    for name, value in _named(batch).items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            first = int((~value.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ValueError(
+                f"'{task}': calibration input '{name}' holds NaN or infinity, first in sample "
+                f"{numbers[first]}. Clean the inputs."
+            )
 
 
 def _is_named(value: Any) -> bool:

@@ -6,6 +6,10 @@ from typing import Any
 
 import yaml
 
+COEFFICIENTS = "coefficients.png"
+LONGEST = 300
+"""Characters of a finding that the card still shows; the manifest has all of them."""
+
 LOAD = """```python
 from lightning_merge import MergedModel
 
@@ -39,6 +43,7 @@ def model_card(record: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         _tasks(record),
         _scores(record),
         _use(record),
+        _found(record, pictures),
         _interference(record, pictures),
         _versions(record),
     ]
@@ -140,6 +145,20 @@ def _module_note(record: Mapping[str, Any]) -> str:
     return "`network` is the module that was fine-tuned, with any weights."
 
 
+def _found(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    found = record.get("merge", {}).get("found")
+    if not found:
+        return ""
+    cells = {name.replace("_", " "): _plain(value) for name, value in found.items()}
+    rows = [(name, f"`{cell}`") for name, cell in cells.items() if len(cell) <= LONGEST]
+    table = "## What the method found\n\n" + _table(("", ""), rows)
+    return "\n\n".join([table, *_shown(name for name in pictures if name == COEFFICIENTS)])
+
+
+def _shown(pictures: Iterable[str]) -> list[str]:
+    return [f"![{name.partition('.')[0]}]({name})" for name in pictures]
+
+
 def _interference(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
     total = record.get("merge", {}).get("total")
     if not total:
@@ -151,8 +170,7 @@ def _interference(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
         f"{pairs['highest']:.2g} (mean {pairs['mean']:.2g}), and two experts' signs conflict "
         f"in {total['sign_conflict']:.0%} of the entries that both changed (chance: 50%)."
     )
-    shown = [f"![{name.partition('.')[0]}]({name})" for name in pictures]
-    return "\n\n".join([text, *shown])
+    return "\n\n".join([text, *_shown(name for name in pictures if name != COEFFICIENTS)])
 
 
 def _versions(record: Mapping[str, Any]) -> str:

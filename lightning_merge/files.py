@@ -116,6 +116,20 @@ def save_tensors(
         raise OSError(str(error)) from error
 
 
+def read_data(path: Path) -> dict[str, Any]:
+    """Read a JSON object that is no manifest.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is missing or not readable ({error}). Restore it, or merge again."
+        ) from error
+
+
 def read_json(path: str | Path, format_name: str, newest: int) -> dict[str, Any]:
     """Read a manifest and check its format.
 

@@ -1,6 +1,5 @@
 """The merged model: a backbone, the experts' heads, and a correction that a preference solves."""
 
-import importlib.metadata
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from lightning_merge.exporting import Format, write_network, write_timm
 from lightning_merge.hub import fetch_folder, push_folder
 from lightning_merge.merged_folder import (
     CORRECTION,
-    FORMAT,
     HEADS,
-    VERSION,
+    read_files,
     read_manifest,
     read_part,
+    versions,
     write_merged,
 )
 from lightning_merge.networks import (
@@ -63,7 +62,9 @@ class MergedModel:
     record: dict[str, Any] = field(default_factory=dict)
     """Plain data on how it was made: method, pool, fingerprints, scores, timings."""
     report: dict[str, Any] = field(default_factory=dict)
-    """Plain data on how the experts interfere and what each parameter got, if it was measured."""
+    """Plain data on how the experts interfere, what parameters got, and what the method found."""
+    files: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further files of the method, by name: plain data of a JSON file, or tensors."""
 
     def __post_init__(self) -> None:
         self._correction: ClosedFormCorrection | None = None
@@ -266,6 +267,7 @@ class MergedModel:
             {HEADS: heads, CORRECTION: sums},
             shard_size=shard_size,
             pictures=pictures or {},
+            files=self.files,
         )
 
     @classmethod
@@ -292,12 +294,14 @@ class MergedModel:
         head = manifest["head"]
         load_backbone(network, read_backbone(path), head)
         states = read_part(path / HEADS, manifest["tasks"])
-        template = get_submodule(network, head)
         sums = read_part(path / CORRECTION, manifest["tasks"])
         return cls(
             network=network.eval(),
             head=head,
-            heads={task: build_head(template, state).eval() for task, state in states.items()},
+            heads={
+                task: build_head(get_submodule(network, head), state).eval()
+                for task, state in states.items()
+            },
             statistics={
                 task: CorrectionStatistics.from_tensors(tensors)
                 for task, tensors in sums.items()
@@ -308,6 +312,7 @@ class MergedModel:
             model=manifest["model"],
             record=manifest["record"],
             report=manifest.get("merge", {}),
+            files={**read_files(path, manifest)},
         )
 
     def push_to_hub(
@@ -363,9 +368,7 @@ class MergedModel:
         return cls.load(folder, module)
 
     def _manifest(self) -> dict[str, Any]:
-        names = ("lightning-merge", "torch", "timm")
         return {
-            "format": {"name": FORMAT, "version": VERSION},
             "tasks": self.tasks,
             "head": self.head,
             "model": self.model,
@@ -373,7 +376,7 @@ class MergedModel:
             "choices": self.correction.choices() if self.statistics else {},
             "record": self.record,
             "merge": self.report,
-            "versions": {name: importlib.metadata.version(name) for name in names},
+            "versions": versions(),
         }
 
     def _keep_choices(self) -> None:

@@ -23,6 +23,7 @@ from lightning_merge.methods import (
     WeightMethod,
 )
 from lightning_merge.methods.interference import MergeReport, ReportDepth, merge_report
+from lightning_merge.methods.outcome import Outcome
 from lightning_merge.networks import (
     build_head,
     get_submodule,
@@ -111,14 +112,15 @@ def merge_experts(
     timings["interference"] = time.perf_counter() - start
 
     start = time.perf_counter()
+    outcome: Outcome | None = None
     if isinstance(method, WeightMethod):
         origin = source.base
         walk = runtime.over_parameters(list(origin), "Merging")
         state = dict(each for _, each in zip(walk, method.stream(origin, lazily), strict=True))
     elif isinstance(method, CalibratedMethod):
-        state = method.merge(
-            source.base, lazily, _calibration(source, network, heads, inputs, runtime, batch_size)
-        )
+        calibrated = _calibration(source, network, heads, inputs, runtime, batch_size)
+        outcome = method.outcome(source.base, lazily, calibrated)
+        state, method = outcome.state, outcome.method or method
     else:
         raise ValueError(f"{type(method).__name__} is neither a WeightMethod nor CalibratedMethod.")
     load_backbone(network, state, source.head)
@@ -141,7 +143,8 @@ def merge_experts(
         statistics=statistics,
         options=options or CorrectionOptions(),
         model=source.model,
-        report=_written(report, method, network),
+        report=_written(report, method, network, outcome),
+        files={} if outcome is None else dict(outcome.files),
         record={
             "method": describe(method),
             "base_fingerprint": source.fingerprint,
@@ -183,10 +186,15 @@ def measure(
     return found
 
 
-def _written(report: MergeReport | str, method: MergeMethod, network: nn.Module) -> dict[str, Any]:
+def _written(
+    report: MergeReport | str, method: MergeMethod, network: nn.Module, outcome: Outcome | None
+) -> dict[str, Any]:
+    found = {"found": dict(outcome.found)} if outcome is not None and outcome.found else {}
     if not isinstance(report, MergeReport):
-        return {}
-    return report.under(method).in_order(list(named_state(network))).as_dict()
+        return found
+    got = None if outcome is None else outcome.treatments
+    measured = report.under(method, got).in_order(list(named_state(network)))
+    return {**measured.as_dict(), **found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +273,8 @@ def _check_inputs(
     missing = [task for task in names if task not in inputs]
     reasons = {
         "the correction": options is not None,
-        f"the method {type(method).__name__}": isinstance(method, CalibratedMethod),
+        f"the method {type(method).__name__}": isinstance(method, CalibratedMethod)
+        and method.needs_inputs,
         "batch_norm='reestimate'": batch_norm == "reestimate",
     }
     needing = [reason for reason, applies in reasons.items() if applies]

@@ -106,6 +106,34 @@ def memory_in_use(device: torch.device | None = None) -> int:
         return _highest()
 
 
+class PeakMemory:
+    """The most memory that this process, or its tensors on a CUDA device, held since a moment.
+
+    Exact where it is more than the process ever held before: the system counts that, with the
+    files that are mapped. Otherwise the most that was in use at any :meth:`note`.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device, self._seen = device, 0
+        self._before = self._highest()
+        self.note()
+
+    def note(self) -> None:
+        """Look at the memory in use."""
+        self._seen = max(self._seen, memory_in_use(self._device))
+
+    @property
+    def bytes(self) -> int:
+        """The most so far."""
+        highest = self._highest()
+        return highest if highest > self._before else self._seen
+
+    def _highest(self) -> int:
+        if self._device is not None and self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _highest()
+
+
 def _highest() -> int:
     try:
         import resource

@@ -89,7 +89,11 @@ def merge(
         )
     on_first(
         trainer,
-        lambda: merged.save(output, shard_size=shard_size, pictures=merge_pictures(merged.report)),
+        lambda: merged.save(
+            output,
+            shard_size=shard_size,
+            pictures=merge_pictures(merged.report, merged.files),
+        ),
     )
     facts = merged.correction.report() if merged.statistics else {}
     figures = {f"merge/r2/{task}": found["r2"] for task, found in facts.items()}

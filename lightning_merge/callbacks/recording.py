@@ -154,7 +154,10 @@ class Recording:
             tasks=self.tasks,
             runtime=runtime_of(trainer),
         )
-        on_first(trainer, lambda: model.save(self.merged, pictures=merge_pictures(model.report)))
+        on_first(
+            trainer,
+            lambda: model.save(self.merged, pictures=merge_pictures(model.report, model.files)),
+        )
 
     def _whole(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         """The network with whole weights: itself, or on the first process what all have of it."""

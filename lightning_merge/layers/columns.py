@@ -12,6 +12,7 @@ from lightning_merge.layers.sites import CONVOLUTIONS, Site
 
 PROBED = 8
 """Samples on which the arrangement of a norm's channels is checked."""
+NOT_AFFINE = "does more than scale and shift its normalised input, such as an activation"
 
 
 @torch.no_grad()
@@ -111,7 +112,26 @@ def normalised(site: Site, module: nn.Module, value: Tensor) -> Tensor:
 
     Found by running the module with other scales and shifts, so that subclasses with another
     arrangement of channels are served as well.
+
+    Raises:
+        ValueError: If its output is no affine function of its normalised input.
     """
+    found = _normalised(module, value)
+    if found is None:
+        raise ValueError(
+            f"layer '{site.name}' ({type(module).__name__}) {NOT_AFFINE}. Leave such layers to the "
+            "fallback: take 'norm' out of layers."
+        )
+    return found
+
+
+def is_affine(module: nn.Module, value: Tensor) -> bool:
+    """Whether a norm is a scale and a shift of its normalised input, and nothing more."""
+    with torch.no_grad():
+        return _normalised(module, value) is not None
+
+
+def _normalised(module: nn.Module, value: Tensor) -> Tensor | None:
     like = module.weight
     assert isinstance(like, Tensor)
     width, zeros = len(like), torch.zeros_like(like)
@@ -129,10 +149,7 @@ def normalised(site: Site, module: nn.Module, value: Tensor) -> Tensor:
             error = (scaled.movedim(axis, -1) - few * probe.double()).abs().max()
             if float(error) <= tolerance * 8 * (1 + float(few.abs().max())):
                 return last
-    raise ValueError(
-        f"layer '{site.name}' ({type(module).__name__}): its output is not scale times normalised "
-        "input plus shift. Leave such layers to the fallback: take 'norm' out of layers."
-    )
+    return None
 
 
 def _rescaled(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:

@@ -1,6 +1,6 @@
 """Which layers of a network are least-squares problems, and where their weights are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -16,6 +16,7 @@ from lightning_merge.states import StateDict
 Kind: TypeAlias = Literal["linear", "convolution", "attention", "norm", "embedding"]
 Part: TypeAlias = Literal["", "q", "k", "v", "out"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SHARED = "Its weight is shared by layers that multiply it with different inputs:"
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _BatchNorm)
 
 
@@ -76,6 +77,32 @@ class Sites:
     handled: tuple[Site, ...]
     left: Mapping[str, str]
     """Why other modules with weights are left to the fallback, by name."""
+    unknown: tuple[str, ...] = ()
+    """Those of them that are worth a warning: modules with a matrix of weights that no kind of
+    layer covers, and norms that are no plain norms."""
+
+    def without(self, reasons: Mapping[str, str]) -> "Sites":
+        """The same with some of the handled left to the fallback, for reasons worth a warning."""
+        return Sites(
+            handled=tuple(site for site in self.handled if site.name not in reasons),
+            left={**self.left, **reasons},
+            unknown=(*self.unknown, *reasons),
+        )
+
+    def told(self, fallback: str) -> str:
+        """Names and reasons of what is unknown, in a sentence for each reason.
+
+        Args:
+            fallback: Name of the method that merges it.
+        """
+        reasons: dict[str, list[str]] = {}
+        for name in self.unknown:
+            reasons.setdefault(self.left[name], []).append(name)
+        return " ".join(
+            f"{len(names)} layers are merged by {fallback}, without a look at their inputs: "
+            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. {reason}."
+            for reason, names in reasons.items()
+        )
 
 
 def find_sites(network: nn.Module, head: str, names: Sequence[str], kinds: Sequence[Kind]) -> Sites:
@@ -94,6 +121,7 @@ def find_sites(network: nn.Module, head: str, names: Sequence[str], kinds: Seque
     live = named_state(network)
     found: dict[tuple[object, ...], Site] = {}
     left: dict[str, str] = {}
+    unknown: list[str] = []
     owners = [
         name
         for name, module in network.named_modules()
@@ -106,12 +134,41 @@ def find_sites(network: nn.Module, head: str, names: Sequence[str], kinds: Seque
         sites = _sites_of(name, module)
         if not sites and any(True for _ in module.parameters(recurse=False)):
             left[name] = _why(module)
+            unknown += [name] if _has_matrix(module) else []
         for site in sites:
             if site.kind not in kinds:
                 left[site.name] = f"{site.kind} layers are not asked for"
                 continue
             _add(found, left, _with_ties(site, live, known))
-    return Sites(handled=tuple(found.values()), left=left)
+    unknown += [name for name, reason in left.items() if reason.startswith(SHARED)]
+    return Sites(handled=tuple(found.values()), left=left, unknown=tuple(unknown))
+
+
+def may_be_site(name: str, shape: tuple[int, ...], kinds: Collection[Kind], *, bias: bool) -> bool:
+    """Whether a parameter can belong to a layer that is solved, as far as name and shape tell.
+
+    Args:
+        name: Its name in the state dict.
+        shape: Its shape.
+        kinds: Kinds of layers that are solved.
+        bias: Whether biases are solved with their weights.
+    """
+    leaf = name.rpartition(".")[2]
+    if leaf in ("bias", "in_proj_bias"):
+        return bias and bool(kinds)
+    if leaf != "weight":
+        packed = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return leaf in packed and "attention" in kinds
+    of_rank: dict[int, set[Kind]] = {1: {"norm"}, 2: {"linear", "attention", "embedding"}}
+    return not of_rank.get(len(shape), {"convolution"}).isdisjoint(kinds)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    # Tokens, tables of positions and scales of layers are parameters too, but of no layer.
+    return any(
+        "weight" in name and value.ndim > 1 and value.is_floating_point()
+        for name, value in module.named_parameters(recurse=False)
+    )
 
 
 def _add(found: dict[tuple[object, ...], Site], left: dict[str, str], site: Site) -> None:
@@ -135,7 +192,7 @@ def _add(found: dict[tuple[object, ...], Site], left: dict[str, str], site: Site
         )
     else:
         del found[key]
-        left[site.name] = left[twin.name] = f"its weight is shared by {twin.name} and {site.name}"
+        left[site.name] = left[twin.name] = f"{SHARED} {twin.name} and {site.name}"
 
 
 def _with_ties(site: Site, live: Mapping[str, Tensor], known: set[str]) -> Site:

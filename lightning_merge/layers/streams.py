@@ -1,5 +1,6 @@
 """Calibration inputs brought to a layer: by whole passes, or resumed at the block it is in."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_merge.layers.arguments import NotCopiedError, mapped, tensors_in
 from lightning_merge.layers.capture import Receive, hooked, stopped_at
 from lightning_merge.layers.tracing import Group
 from lightning_merge.networks import call_network
@@ -64,6 +66,8 @@ class Stream:
     _block: str | None = None
     _held: dict[tuple[str, int], tuple[Held, Dtypes]] = field(default_factory=dict)
     _loaded: tuple[str, str] | None = None
+    _refused: bool = False
+    """Whether a block was called with something that cannot be held."""
 
     @property
     def cached(self) -> bool:
@@ -78,14 +82,29 @@ class Stream:
         previous, self._block = self._block, None
         held = self._held
         self._held = {}
-        if block is None:
+        if block is None or self._refused:
             return
+        try:
+            self._hold(block, previous, held if resumed else None)
+        except NotCopiedError as error:
+            self._held, self._refused = {}, True
+            warnings.warn(
+                f"block '{block}' is called with a {error}, which cannot be kept for another call: "
+                "every layer takes whole passes instead, which are slower.",
+                stacklevel=2,
+            )
+
+    def _hold(
+        self, block: str, previous: str | None, held: dict[tuple[str, int], Any] | None
+    ) -> None:
+        """Keep what the block is called with; ``held`` is that of the block before it."""
+        resumed = held is not None
         limit = self.cache.limit_gigabytes * 2**30
         size = 0
         for task in self.tasks:
             self._fill(task, f"{previous}." if resumed else "")
             for number, rows in enumerate(self.inputs.slices(task)):
-                if resumed:
+                if held is not None:
                     found = self._through(str(previous), held.pop((task, number)))
                 else:
                     found = self._until(block, task, rows)
@@ -116,7 +135,7 @@ class Stream:
                 call_network(self.network, self.inputs.batch(task, rows))
             else:
                 self._fill(task, f"{group.block}.")
-                args, kwargs = runtime.to_device(self._restored(held))
+                args, kwargs = self._restored(held)
                 self.network.get_submodule(group.block)(*args, **kwargs)
 
     def batches(self, task: str) -> Iterator[tuple[int, slice]]:
@@ -141,7 +160,7 @@ class Stream:
 
     def _through(self, block: str, held: tuple[Held, Dtypes]) -> tuple[Held, Dtypes]:
         runtime = self.inputs.runtime
-        args, kwargs = runtime.to_device(self._restored(held))
+        args, kwargs = self._restored(held)
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -159,29 +178,13 @@ class Stream:
             narrow = self.cache.dtype is not None and copied.is_floating_point()
             return copied.to(self.cache.dtype) if narrow else copied
 
-        return _mapped(held, keep), [value.dtype for value in _tensors(held)]
+        return mapped(held, keep), [value.dtype for value in tensors_in(held)]
 
     def _restored(self, held: tuple[Held, Dtypes]) -> Held:
         # Blocks may work in place: what is held must not change.
-        dtypes = iter(held[1])
-        return _mapped(held[0], lambda value: value.to(next(dtypes), copy=True))
-
-
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: _mapped(x, function) for name, x in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(x, function) for x in value)
-    return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _mapped(value, lambda x: (found.append(x), x)[1])  # type: ignore[func-returns-value]
-    return found
+        device, dtypes = self.inputs.runtime.device, iter(held[1])
+        return mapped(held[0], lambda value: value.to(device, next(dtypes), copy=True))
 
 
 def _bytes(held: Held) -> int:
-    return sum(value.numel() * value.element_size() for value in _tensors(held))
+    return sum(value.numel() * value.element_size() for value in tensors_in(held))

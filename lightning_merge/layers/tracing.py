@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_merge.layers.columns import NOT_AFFINE, is_affine
 from lightning_merge.layers.sites import Site
 from lightning_merge.networks import call_network
 
@@ -32,6 +33,8 @@ class Trace:
     """In the order of first execution."""
     unused: tuple[Site, ...]
     """Layers that did not run."""
+    refused: Mapping[str, str]
+    """Norms that do more than scale and shift, such as those with an activation inside: why."""
     chained: Mapping[str, str]
     """Blocks by the block whose output they take over, with all else the same."""
 
@@ -67,24 +70,36 @@ def trace(network: nn.Module, sites: Sequence[Site], batch: Any) -> Trace:
         count[call.name] = count.get(call.name, 0) + 1
     once = [name for name in blocks if sum(c.name == name for c in block_calls) == 1]
     first = {name: index for index, name in reversed(list(enumerate(c.name for c in calls)))}
-    ran = [site for site in sites if any(name in first for name in site.modules)]
+    used = [site for site in sites if any(name in first for name in site.modules)]
+    refused = {site.name: why for site in used if (why := _refusal(network, site, calls))}
+    ran = [site for site in used if site.name not in refused]
     ran.sort(key=lambda site: (min(first[n] for n in site.modules if n in first), _late(site)))
     keys = {call.name: call.keys for call in calls}
     groups: list[Group] = []
     for members in _sharing(ran, keys, count):
-        used = {name for site in members for name in site.modules if name in count}
+        called = {name for site in members for name in site.modules if name in count}
         groups.append(
             Group(
                 sites=tuple(members),
-                calls=sum(count[name] for name in used),
+                calls=sum(count[name] for name in called),
                 block=_block_of(members, once),
             )
         )
     return Trace(
         groups=tuple(groups),
-        unused=tuple(site for site in sites if site not in ran),
+        unused=tuple(site for site in sites if site not in used),
+        refused=refused,
         chained=_chained([call for call in block_calls if call.name in once]),
     )
+
+
+def _refusal(network: nn.Module, site: Site, calls: Sequence[_Call]) -> str | None:
+    if site.kind != "norm":
+        return None
+    call = next(call for call in calls if call.name in site.modules)
+    module = network.get_submodule(call.name)
+    value = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    return None if is_affine(module, value) else f"{type(module).__name__} {NOT_AFFINE}"
 
 
 def _late(site: Site) -> int:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, final
 
 import torch
@@ -24,7 +24,15 @@ from lightning_merge.methods.adaptation.vectors import (
 )
 from lightning_merge.methods.base import CalibratedMethod, Calibration, WeightMethod
 from lightning_merge.methods.checks import check_density
-from lightning_merge.methods.parts import Parts, check_inputs, completed, parts_of
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment, as_plain
+from lightning_merge.methods.parts import (
+    Parts,
+    check_inputs,
+    completed,
+    known_of_buffer,
+    parts_of,
+    treatments_of,
+)
 from lightning_merge.methods.ties import TIES, agreeing_task_vectors
 from lightning_merge.networks import load_backbone
 from lightning_merge.states import StateDict, check_compatible, check_finite, fingerprint
@@ -97,7 +105,8 @@ class AdaMerging(CalibratedMethod):
     """Steps after which they are estimated anew."""
 
     protocol: Literal["inductive", "transductive"] = "inductive"
-    """What the record says of the inputs: apart from the test inputs, or these themselves."""
+    """What the record says of the inputs: apart from the test inputs, or these themselves.
+    Coefficients from a file bring their own."""
 
     state_path: str | None = None
     """File of the state, from which a killed run continues; null: none."""
@@ -109,7 +118,7 @@ class AdaMerging(CalibratedMethod):
     """Folder for the learned coefficients and their history; null: they are not kept."""
 
     coefficients: str | None = None
-    """Folder of coefficients to use again, instead of learning some."""
+    """Folder of coefficients to use again, instead of learning some; needs no inputs."""
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -150,11 +159,35 @@ class AdaMerging(CalibratedMethod):
                 not finite, a head has fewer than two classes, or coefficients from a file are for
                 other experts.
         """
+        return self.outcome(base, experts, calibration).state
+
+    def outcome(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> Outcome:
+        """Merge as :meth:`merge` does, and tell the coefficients with how they were learned.
+
+        Those from a file bring their protocol with them.
+        """
         weights, shared, parts = self._prepare(base, experts, calibration)
         learned = self._learned(base, experts, calibration, weights, shared)
         without = learned.unused if self.unused == "zero" else ()
         weights.write(learned.values, without)
-        return completed(weights.live, parts, base, experts)
+        return Outcome(
+            state=completed(weights.live, parts, base, experts),
+            method=replace(self, protocol=learned.record.get("protocol", self.protocol)),
+            found=as_plain(learned.summary()),
+            files=learned.files(),
+            treatments=treatments_of(parts),
+        )
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """Buffers are averaged or kept; parameters need the data."""
+        return known_of_buffer(name, kind)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Coefficients from a file need none."""
+        return self.coefficients is None
 
     def learn(
         self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
@@ -167,7 +200,8 @@ class AdaMerging(CalibratedMethod):
         self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
     ) -> tuple[MergedWeights, SharedNetwork, Parts]:
         check_compatible(base, experts)
-        check_inputs(experts, calibration.inputs, "AdaMerging")
+        if self.needs_inputs:
+            check_inputs(experts, calibration.inputs, "AdaMerging")
         shared = SharedNetwork(calibration, tuple(experts))
         parts = parts_of(shared.network, calibration.head, base)
         self._fill_buffers(shared, parts, base, experts)

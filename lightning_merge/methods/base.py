@@ -13,6 +13,7 @@ from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.functional.average import average
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.low_rank import low_rank_factors
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
 from lightning_merge.methods.walk import (
     BlockMerge,
@@ -336,3 +337,27 @@ class CalibratedMethod(MergeMethod):
         self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
     ) -> dict[str, Tensor]:
         """Merge the experts into one state dict; arguments and result as in ``WeightMethod``."""
+
+    def outcome(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> Outcome:
+        """Merge as :meth:`merge` does, and give what the method found for the merged record.
+
+        A method with something to tell has its own; by default there is nothing but the weights.
+        """
+        return Outcome(state=self.merge(base, experts, calibration))
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """What an entry will get, as far as that is known without a pass: for the dry run.
+
+        Args:
+            name: The entry's name.
+            shape: Its shape.
+            kind: ``"floating"`` or ``"integer"``, see :func:`lightning_merge.states.kind_of`.
+        """
+        return "unknown"
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration inputs of every task must be there."""
+        return True

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from lightning_merge.functional.fisher import fisher_terms
 from lightning_merge.functional.seeds import seed_of
 from lightning_merge.methods.base import CalibratedMethod, Calibration
-from lightning_merge.methods.parts import check_inputs, check_weights, completed, parts_of
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment
+from lightning_merge.methods.parts import (
+    check_finite_inputs,
+    check_inputs,
+    check_weights,
+    completed,
+    known_of_buffer,
+    parts_of,
+    treatments_of,
+)
 from lightning_merge.methods.sample_gradients import SquaredGradients
 from lightning_merge.networks import call_network, logits_of, plain_copy
 from lightning_merge.states import StateDict, check_compatible, check_finite
@@ -65,9 +74,15 @@ class Fisher(CalibratedMethod):
         """Merge the experts; one expert's information is in memory at a time, and two sums.
 
         Raises:
-            ValueError: If base and experts do not fit, calibration inputs of a task are missing,
-                or a task's head does not give class scores.
+            ValueError: If base and experts do not fit, calibration inputs of a task are missing
+                or not finite, or a task's head does not give class scores.
         """
+        return self.outcome(base, experts, calibration).state
+
+    def outcome(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> Outcome:
+        """Merge as :meth:`merge` does, and tell which tensors are plainly averaged, or kept."""
         check_compatible(base, experts)
         check_weights(self.weights, experts)
         check_inputs(experts, calibration.inputs, "Fisher")
@@ -90,7 +105,12 @@ class Fisher(CalibratedMethod):
                 for sums, term in zip((numerator, denominator), terms, strict=True):
                     sums[name] = sums[name].add_(term) if name in sums else term
         merged = {name: value.div_(denominator.pop(name)) for name, value in numerator.items()}
-        return completed(merged, parts, base, experts, self.weights)
+        state = completed(merged, parts, base, experts, self.weights)
+        return Outcome(state=state, treatments=treatments_of(parts))
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """Buffers are averaged or kept; parameters need the data."""
+        return known_of_buffer(name, kind)
 
     def information(
         self, task: str, calibration: Calibration, names: tuple[str, ...] | None = None
@@ -101,6 +121,9 @@ class Fisher(CalibratedMethod):
             task: Whose expert and calibration inputs.
             calibration: Networks, inputs and processes; every process returns the same.
             names: Parameters wanted; all of the backbone by default.
+
+        Raises:
+            ValueError: If an input, or what comes of the inputs, is not finite.
         """
         network = plain_copy(calibration.network(task)).eval()
         wanted = _parameters(network, calibration.head, names)
@@ -109,6 +132,7 @@ class Fisher(CalibratedMethod):
         number = min(self.samples, len(inputs))
         # Evenly spread: calibration inputs may be sorted by class.
         rows = torch.arange(number) * len(inputs) // number
+        check_finite_inputs(task, inputs, rows, calibration.batch_size)
         chunks = list(runtime.share(rows.split(self.samples_at_once)))
         drawn = self._num_classes(network, inputs.take(rows[:1]), calibration) > self.exact_classes
         total = {n: torch.zeros_like(v, dtype=torch.float64) for n, v in wanted.items()}
@@ -117,7 +141,14 @@ class Fisher(CalibratedMethod):
             found = squares.sum_of(runtime.to_device(inputs.take(chunk)), uniforms)
             for name, value in found.items():
                 total[name] += value
-        return {name: runtime.reduce(value) / number for name, value in total.items()}
+        mean = {name: runtime.reduce(value) / number for name, value in total.items()}
+        if wrong := [name for name, value in mean.items() if not bool(value.isfinite().all())]:
+            raise ValueError(
+                f"'{task}': the Fisher information of {len(wrong)} parameters holds NaN or "
+                f"infinity: {', '.join(wrong[:5])}. Its predictions or their gradients overflow on "
+                "the calibration inputs: check these and the expert, or use a wider precision."
+            )
+        return mean
 
     def _num_classes(self, network: nn.Module, batch: object, calibration: Calibration) -> int:
         with torch.inference_mode():

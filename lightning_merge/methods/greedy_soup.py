@@ -1,5 +1,6 @@
 """GreedySoup: average the experts that help, best first."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.functional.soup import agreement, greedy_members, mean_with
 from lightning_merge.methods.base import CalibratedMethod, Calibration
-from lightning_merge.methods.parts import check_inputs
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment, as_plain
+from lightning_merge.methods.parts import check_finite_inputs, check_inputs
 from lightning_merge.networks import (
     call_network,
     get_submodule,
@@ -19,6 +21,7 @@ from lightning_merge.networks import (
     plain_copy,
     set_submodule,
 )
+from lightning_merge.runtime import Runtime
 from lightning_merge.states import (
     StateDict,
     check_compatible,
@@ -73,10 +76,31 @@ class GreedySoup(CalibratedMethod):
         """Merge the experts by the label-free score; :meth:`soup` also tells what was tried.
 
         Raises:
-            ValueError: If base and experts do not fit, or calibration inputs of a task are missing.
+            ValueError: If base and experts do not fit, or calibration inputs of a task are missing
+                or not finite.
         """
+        return self.outcome(base, experts, calibration).state
+
+    def outcome(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> Outcome:
+        """Merge as :meth:`merge` does, and tell the members, and every trial with its score."""
         check_compatible(base, experts)
-        return self.soup(base, experts, self.score(tuple(experts), calibration)).state
+        soup = self.soup(base, experts, self.score(tuple(experts), calibration))
+        trace = [
+            {"expert": task, "score": score, "added": added} for task, score, added in soup.trace
+        ]
+        found = {"members": soup.members, "score": soup.score, "scores": soup.scores}
+        kept = [name for name in base if kind_of(base, name) == "integer"]
+        return Outcome(
+            state=soup.state,
+            found=as_plain({**found, "trace": trace}),
+            treatments=dict.fromkeys(kept, "base"),
+        )
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """Integers are the base's; which experts the others are averaged over, the data tells."""
+        return "base" if kind == "integer" else "unknown"
 
     def soup(self, base: StateDict, experts: Mapping[str, StateDict], score: Score) -> Soup:
         """Make the soup under any score.
@@ -133,10 +157,16 @@ class GreedySoup(CalibratedMethod):
         Args:
             tasks: Tasks that count.
             calibration: Networks, inputs and processes.
+
+        Raises:
+            ValueError: If calibration inputs of a task are missing or not finite, or a network's
+                class scores on them are not: here for an expert, in the score for a soup.
         """
         check_inputs(dict.fromkeys(tasks), calibration.inputs, "GreedySoup")
         runtime, inputs = calibration.runtime, calibration.inputs
         rows = {task: _spread(len(inputs[task]), self.samples) for task in tasks}
+        for task in tasks:
+            check_finite_inputs(task, inputs[task], rows[task], calibration.batch_size)
         shares = {t: list(runtime.share(rows[t].split(calibration.batch_size))) for t in tasks}
         working = plain_copy(calibration.network(tasks[0])).eval()
         heads, answers = {}, {}
@@ -144,6 +174,7 @@ class GreedySoup(CalibratedMethod):
             expert = plain_copy(calibration.network(task)).eval()
             heads[task] = get_submodule(expert, calibration.head)
             answers[task] = [_answer(expert, calibration, task, part) for part in shares[task]]
+            _check_scores(task, "its expert", sum(map(_undefined, answers[task])), runtime)
 
         def of(state: StateDict) -> float:
             load_backbone(working, state, calibration.head)
@@ -154,8 +185,12 @@ class GreedySoup(CalibratedMethod):
             found = torch.zeros(len(tasks), dtype=torch.float64, device=runtime.device)
             for index, task in enumerate(tasks):
                 set_submodule(working, calibration.head, heads[task])
+                undefined = 0
                 for part, theirs in zip(shares[task], answers[task], strict=True):
-                    found[index] += agreement(_answer(working, calibration, task, part), theirs)
+                    ours = _answer(working, calibration, task, part)
+                    undefined += _undefined(ours)
+                    found[index] += agreement(ours, theirs)
+                _check_scores(task, "a soup", undefined, runtime)
             sizes = [len(rows[task]) for task in tasks]
             return float((runtime.reduce(found).cpu() / torch.tensor(sizes)).mean())
 
@@ -166,6 +201,21 @@ def _answer(network: nn.Module, calibration: Calibration, task: str, rows: Tenso
     batch = calibration.runtime.to_device(calibration.inputs[task].take(rows))
     with torch.inference_mode(), calibration.runtime.precision():
         return logits_of(call_network(network, batch)).float()
+
+
+def _undefined(scores: Tensor) -> int:
+    """Samples without a best class; minus infinity is a class that is ruled out."""
+    return int((~(scores < math.inf)).any(1).sum())
+
+
+def _check_scores(task: str, whose: str, undefined: int, runtime: Runtime) -> None:
+    # summed over the processes: all of them end, or none does
+    total = int(runtime.reduce(torch.tensor(float(undefined), device=runtime.device)))
+    if total:
+        raise ValueError(
+            f"'{task}': the class scores of {whose} hold NaN or infinity in {total} calibration "
+            "samples. Check the inputs and the weights, or use a wider precision."
+        )
 
 
 def _spread(size: int, number: int) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_merge.functional.interference import (
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.base import MergeMethod, WeightMethod
 from lightning_merge.methods.layers import group_names
+from lightning_merge.methods.outcome import PlannedTreatment
 from lightning_merge.methods.plan import PlannedParameter, plan, plan_plainly, treatments
 from lightning_merge.methods.walk import stack_parameter
 from lightning_merge.states import STATISTIC_SUFFIXES, StateDict
@@ -58,7 +59,7 @@ class MergeReport:
     parameters: list[MeasuredParameter]
     """Every parameter of the base, in its order."""
     planned: bool
-    """Whether the method tells what each parameter gets; one that needs data does not."""
+    """Whether it is known what each parameter gets; of a method with data it is after the merge."""
 
     def table(self) -> list[dict[str, Any]]:
         """One row of plain data for each parameter with a task vector, none left out."""
@@ -89,10 +90,11 @@ class MergeReport:
         """Parameters that do not get the method itself, by what they get instead.
 
         ``mean``: the mean of the task vectors, of a method for matrices; ``average``: the
-        experts' average; ``base``: the base's value. At most ``names`` are named of each.
+        experts' average; ``fallback``: merged by the method that this one leaves it to; ``base``:
+        the base's value. At most ``names`` are named of each.
         """
         found: dict[str, Any] = {}
-        for kind in ("mean", "average", "base") if self.planned else ():
+        for kind in ("mean", "average", "fallback", "base") if self.planned else ():
             chosen = [p.planned for p in self.parameters if p.planned.treatment == kind]
             if chosen:
                 found[kind] = {
@@ -102,11 +104,22 @@ class MergeReport:
                 }
         return found
 
-    def under(self, method: MergeMethod) -> "MergeReport":
-        """The same measurements with what another method would give each parameter."""
-        if not isinstance(method, WeightMethod):
+    def under(
+        self, method: MergeMethod, got: Mapping[str, PlannedTreatment] | None = None
+    ) -> "MergeReport":
+        """The same measurements with what another method would give each parameter.
+
+        Args:
+            method: The method.
+            got: Of a method with data: what parameters got that it did not merge itself.
+        """
+        planned = [p.planned for p in self.parameters]
+        if isinstance(method, WeightMethod):
+            changed = treatments(method, planned, len(self.tasks))
+        elif got is not None:
+            changed = [got.get(parameter.name, "method") for parameter in planned]
+        else:
             return replace(self, planned=False)
-        changed = treatments(method, [p.planned for p in self.parameters], len(self.tasks))
         parameters = [
             replace(parameter, planned=replace(parameter.planned, treatment=treatment))
             for parameter, treatment in zip(self.parameters, changed, strict=True)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ class LayerWalk:
     solve_wide: bool = False
     state: dict[str, Tensor] = field(init=False)
     """The merged weights so far."""
+    renormalised: set[str] = field(default_factory=set, init=False)
+    """Running statistics that are those of what reaches the merged layers."""
     found: Sites = field(init=False)
     order: Trace = field(init=False)
 
@@ -99,8 +101,11 @@ class LayerWalk:
         inputs = self.calibration.inputs[next(iter(self.experts))]
         batch = self.calibration.runtime.to_device(inputs[slice(0, TRACED)])
         order = self.order = trace(network, self.found.handled, batch)
+        self.found = self.found.without(order.refused)
+        if self.found.unknown:
+            warnings.warn(self.found.told(type(self.fallback).__name__), stacklevel=3)
         unused = {site.name: "it does not run on the calibration inputs" for site in order.unused}
-        self.found = Sites(self.found.handled, {**self.found.left, **unused})
+        self.found = replace(self.found, left={**self.found.left, **unused})
         self.state = dict(self.fallback.merge(self.base, self.experts))
         kept = {
             name: self.state[name].clone()
@@ -142,7 +147,7 @@ class LayerWalk:
         )
         reasons = {name: f"{size} inputs, more than max_inputs" for name, size in wide.items()}
         handled = tuple(site for site in found.handled if site.name not in wide)
-        return Sites(handled, {**found.left, **reasons})
+        return Sites(handled, {**found.left, **reasons}, found.unknown)
 
     @property
     def network(self) -> nn.Module:
@@ -367,6 +372,7 @@ class LayerWalk:
         for name in site.modules:
             self.state[f"{name}.running_mean"].copy_(module.running_mean)
             self.state[f"{name}.running_var"].copy_(module.running_var)
+            self.renormalised |= {f"{name}.running_mean", f"{name}.running_var"}
 
 
 def _of(task: str) -> str:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_merge.calibration import CalibrationInputs, check_finite_batch
 from lightning_merge.functional.average import average
+from lightning_merge.methods.outcome import PlannedTreatment
 from lightning_merge.methods.walk import stack_parameter
 from lightning_merge.networks import clean_names, load_backbone, split_state
-from lightning_merge.states import StateDict, check_finite, kind_of, tied_names
+from lightning_merge.states import STATISTIC_SUFFIXES, StateDict, check_finite, kind_of, tied_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,19 @@ def completed(
     return {name: found[parts.ties.get(name, name)] for name in base}
 
 
+def treatments_of(parts: Parts) -> dict[str, PlannedTreatment]:
+    """What the tensors get that are no parameters, as :func:`completed` gives it to them."""
+    found: dict[str, PlannedTreatment] = dict.fromkeys(parts.averaged, "average")
+    return {**found, **dict.fromkeys(parts.kept, "base")}
+
+
+def known_of_buffer(name: str, kind: str) -> PlannedTreatment:
+    """What an entry gets as far as name and kind tell, where :func:`completed` ends a merge."""
+    if kind == "integer":
+        return "base"
+    return "average" if name.rpartition(".")[2] in STATISTIC_SUFFIXES else "unknown"
+
+
 def check_weights(weights: Mapping[str, float] | None, tasks: Mapping[str, object]) -> None:
     """Raise a ``ValueError`` unless the weights name every task once."""
     if weights is not None and set(weights) != set(tasks):
@@ -108,6 +123,21 @@ def check_weights(weights: Mapping[str, float] | None, tasks: Mapping[str, objec
             f"weights must name every expert once: {', '.join(tasks)}; found "
             f"{', '.join(weights) or 'none'}."
         )
+
+
+def check_finite_inputs(
+    task: str, inputs: CalibrationInputs, rows: Tensor, batch_size: int
+) -> None:
+    """Raise a ``ValueError`` if a sample that will be used is not finite, on every process alike.
+
+    Args:
+        task: Whose inputs.
+        inputs: All of them.
+        rows: Numbers of the samples that will be used.
+        batch_size: Samples looked at at a time.
+    """
+    for part in rows.split(batch_size):
+        check_finite_batch(task, inputs.take(part), part.tolist())
 
 
 def check_inputs(tasks: Mapping[str, object], inputs: Mapping[str, object], method: str) -> None:

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, final
+from typing import final
 
-from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.base import CalibratedMethod, WeightMethod
+from lightning_merge.methods.outcome import PlannedTreatment
 from lightning_merge.methods.rules import check_rules, coefficients_of
 from lightning_merge.states import (
     StateDict,
@@ -15,8 +16,6 @@ from lightning_merge.states import (
     shape_of,
     tied_names,
 )
-
-PlannedTreatment: TypeAlias = Literal["method", "mean", "average", "base", "unknown"]
 
 
 @final
@@ -32,7 +31,8 @@ class PlannedParameter:
     """``floating`` or ``integer``, see :func:`lightning_merge.states.kind_of`."""
     treatment: PlannedTreatment
     """``method``; ``mean`` of the task vectors, where a method for matrices finds none; ``average``
-    of the experts; ``base``: the base's value; ``unknown``: a method with data decides."""
+    of the experts; ``fallback``: merged by what the method leaves it to; ``base``: the base's
+    value; ``unknown``: a method with data decides."""
     coefficients: tuple[float, ...]
     """Factor of each expert's task vector, where the method merges it; empty otherwise."""
     tied_to: str | None
@@ -66,6 +66,20 @@ def plan(
             else (),
         )
         for parameter, treatment in zip(planned, found, strict=True)
+    ]
+
+
+def plan_with_data(
+    method: CalibratedMethod, base: StateDict, experts: Mapping[str, StateDict]
+) -> list[PlannedParameter]:
+    """The same for a method with data: what is known without a pass; the rest is ``unknown``.
+
+    Raises:
+        ValueError: If the experts do not fit the base.
+    """
+    return [
+        replace(p, treatment=method.known_treatment(p.name, p.shape, p.kind))
+        for p in plan_plainly(base, experts)
     ]
 
 

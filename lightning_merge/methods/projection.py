@@ -27,6 +27,7 @@ from lightning_merge.layers.statistics import LayerSums, Sampling
 from lightning_merge.layers.streams import CacheOptions
 from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import CalibratedMethod, Calibration, WeightMethod
+from lightning_merge.methods.layer_outcome import known_of_layer, layer_outcome
 from lightning_merge.methods.layer_solution import (
     LayerInputs,
     LayerOptions,
@@ -34,6 +35,7 @@ from lightning_merge.methods.layer_solution import (
     solve_layer,
 )
 from lightning_merge.methods.layerwise import LayerWalk
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.methods.output_error import output_error
 from lightning_merge.states import StateDict
 
@@ -154,10 +156,27 @@ class OutputProjection(CalibratedMethod):
         self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
     ) -> tuple[dict[str, Tensor], list[LayerReport]]:
         """Merge as :meth:`merge` does, and tell what happened to each layer."""
+        return _Solver(self, base, experts, calibration).solved()
+
+    def outcome(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> Outcome:
+        """Merge as :meth:`merge` does, with the reports of :meth:`project` as plain data."""
         solver = _Solver(self, base, experts, calibration)
-        if self.mode == "sequential":
-            return solver.sequential()
-        return solver.parallel(solver.walk.expert_statistics())
+        state, reports = solver.solved()
+        return layer_outcome(state, solver.walk, reports)
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """What no layer of these kinds can hold is the fallback's."""
+        return known_of_layer(
+            self.fallback or Average(),
+            self.layers,
+            name,
+            shape,
+            kind,
+            bias=True,
+            renormalised=self.mode == "sequential" and "norm" in self.layers,
+        )
 
     def solve(
         self,
@@ -252,6 +271,12 @@ class _Solver:
         if self.method.preference is None:
             return None
         return dict(zip(experts, self.preference.tolist(), strict=True))
+
+    def solved(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """All layers, in the method's mode."""
+        if self.method.mode == "sequential":
+            return self.sequential()
+        return self.parallel(self.walk.expert_statistics())
 
     def sequential(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
         """Layer by layer, perhaps several times; the best sweep counts."""

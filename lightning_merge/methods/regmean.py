@@ -1,5 +1,6 @@
 """RegMean and RegMean++: the least-squares average of linear layers on their inputs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
@@ -15,7 +16,10 @@ from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import Sampling
 from lightning_merge.methods.average import Average
 from lightning_merge.methods.base import CalibratedMethod, Calibration
+from lightning_merge.methods.layer_outcome import known_of_layer, layer_outcome
+from lightning_merge.methods.layer_solution import LayerReport
 from lightning_merge.methods.layerwise import LayerWalk
+from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.states import StateDict
 
 
@@ -73,6 +77,12 @@ class RegMean(CalibratedMethod):
             ValueError: If keys or shapes differ, weights or inputs of a task are missing, or a
                 layer's inputs are not finite.
         """
+        return self.outcome(base, experts, calibration).state
+
+    def outcome(
+        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
+    ) -> Outcome:
+        """Merge as :meth:`merge` does, and tell what was captured of each layer."""
         tasks = list(experts)
         weights = None if self.weights is None else {t: self.weights.get(t, 0.0) for t in tasks}
         preference = as_preference(self.weights or dict.fromkeys(tasks, 1.0), tasks)
@@ -87,17 +97,43 @@ class RegMean(CalibratedMethod):
             max_inputs=self.max_inputs,
         )
 
+        reports: list[LayerReport] = []
+
         def solve(problem: LayerProblem) -> Tensor:
-            return self.update(problem, preference)
+            update, fallback = self.update(problem, preference), walk.updates(problem)["fallback"]
+            reports.append(self._report(problem, preference, update, fallback))
+            return update
 
         if self.inputs == "merged":
             walk.one_by_one(solve, expert_targets=False)
-            return walk.finished()
-        statistics = walk.expert_statistics()
-        for site in walk.sites:
-            problem = walk.problem(site, statistics[site.name])
-            walk.write(problem, solve(problem))
-        return walk.finished()
+        else:
+            statistics = walk.expert_statistics()
+            for site in walk.sites:
+                problem = walk.problem(site, statistics[site.name])
+                walk.write(problem, solve(problem))
+        return layer_outcome(walk.finished(), walk, reports)
+
+    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
+        """Biases, and what no layer of these kinds can hold, are averaged."""
+        return known_of_layer(
+            Average(), self.layers, name, shape, kind, bias=False, renormalised=False
+        )
+
+    def _report(
+        self, problem: LayerProblem, preference: Tensor, update: Tensor, fallback: Tensor
+    ) -> LayerReport:
+        total, _ = problem.weighted(problem.weights(preference.tolist(), "per_sample"))
+        return LayerReport(
+            name=problem.site.name,
+            basis="full",
+            captured=total.captured(update),
+            held_out=math.nan,
+            heuristics={"fallback": total.captured(fallback)},
+            ridge=self.ridge,
+            rank=-1,
+            unknowns=update[0].numel(),
+            kept="solution",
+        )
 
     def update(self, problem: LayerProblem, preference: Tensor) -> Tensor:
         """The update of one layer, (g, o, i), for a preference (T,) that sums to one."""

@@ -2,13 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 
-from lightning_merge.methods import MergeMethod, WeightMethod
-from lightning_merge.methods.plan import PlannedParameter, peak_entries, plan, plan_plainly
+from lightning_merge.methods import CalibratedMethod, MergeMethod, WeightMethod
+from lightning_merge.methods.plan import (
+    PlannedParameter,
+    peak_entries,
+    plan,
+    plan_plainly,
+    plan_with_data,
+)
 from lightning_merge.states import StateDict
 
 WORDS = {
     "mean": "mean of the task vectors",
     "average": "average of the experts",
+    "fallback": "merged by the fallback",
     "base": "value of the base",
     "unknown": "decided with data",
 }
@@ -19,7 +26,7 @@ def plan_text(method: MergeMethod, base: StateDict, experts: Mapping[str, StateD
     """What each parameter would get, one line each, and the totals; no value is read.
 
     Args:
-        method: A method that needs data tells nothing beforehand, which the table says.
+        method: Of a method that needs data the table has what is known without a pass.
         base: The pre-trained weights.
         experts: Fine-tuned weights by task.
 
@@ -29,6 +36,8 @@ def plan_text(method: MergeMethod, base: StateDict, experts: Mapping[str, StateD
     name = type(method).__name__
     if isinstance(method, WeightMethod):
         planned = plan(method, base, experts)
+    elif isinstance(method, CalibratedMethod):
+        planned = plan_with_data(method, base, experts)
     else:
         planned = plan_plainly(base, experts)
     rows = [

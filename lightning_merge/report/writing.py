@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_merge.files import replacing
+from lightning_merge.methods.adaptation.coefficients import (
+    MANIFEST,
+    TENSORS,
+    LearnedCoefficients,
+)
 from lightning_merge.pareto.sweep_result import SweepResult
+from lightning_merge.report.coefficients_figure import coefficients_figure
 from lightning_merge.report.figures import front_figure, response_figure, ternary_figure
 from lightning_merge.report.html import render_html
 from lightning_merge.report.interference_figure import interference_figure
@@ -52,13 +58,25 @@ def write_report(
     return paths
 
 
-def merge_pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """What is put beside a merged model: ``interference.png``, where the merge was measured.
+def merge_pictures(
+    report: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, bytes]:
+    """What is put beside a merged model.
+
+    ``interference.png``, where the merge was measured, and ``coefficients.png``, where some were
+    learned.
 
     Args:
         report: ``MergedModel.report``.
+        files: ``MergedModel.files``.
     """
-    return {"interference.png": png(interference_figure(report))} if report else {}
+    pictures = {}
+    if "layers" in report:
+        pictures["interference.png"] = png(interference_figure(report))
+    if files and MANIFEST in files:
+        learned = LearnedCoefficients.of(files[MANIFEST], files[TENSORS])
+        pictures["coefficients.png"] = png(coefficients_figure(learned))
+    return pictures
 
 
 def png(figure: "Figure") -> bytes:

@@ -45,6 +45,47 @@ class Tokens(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
+class Memory:
+    """Keys of every block so far; grows while a network runs, as the caches of decoders do."""
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+
+
+class DecoderBlock(nn.Module):
+    """Attends to all keys in the memory, and adds its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, memory=None):
+        memory.keys.append(self.key(x))
+        keys = torch.cat(memory.keys, 1)
+        return x + self.out((self.query(x) @ keys.mT).softmax(-1) @ keys)
+
+
+class Decoder(nn.Module):
+    """Blocks that share a memory made anew in every pass; the head is ``head``.
+
+    Args:
+        memory: Makes the memory.
+    """
+
+    def __init__(self, memory=Memory, width: int = 4) -> None:
+        super().__init__()
+        self.memory = memory
+        self.blocks = nn.ModuleList(DecoderBlock(width) for _ in range(3))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        memory = self.memory()
+        for block in self.blocks:
+            x = block(x, memory=memory)
+        return self.head(x[:, -1])
+
+
 def mlp(width: int = 5, inputs: int = 4) -> nn.Module:
     """Three linear layers with an activation between, the last being the head ``4``."""
     return nn.Sequential(

@@ -12,6 +12,7 @@ from lightning_merge.layers.collecting import Collecting
 from lightning_merge.layers.columns import by_sample, input_columns, unfold
 from lightning_merge.layers.sites import find_sites
 from lightning_merge.layers.statistics import LayerSums, Sampling, pick, real_tokens
+from lightning_merge.layers.tracing import trace
 from lightning_merge.merging import calibration_for
 from lightning_merge.methods import Average
 from lightning_merge.methods.layerwise import LayerWalk
@@ -82,11 +83,22 @@ def test_norms_are_scale_times_columns_plus_shift(layer, shape, axis):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_norm_with_an_activation_inside_is_refused():
+def test_a_norm_with_an_activation_inside_is_left_out_with_its_reason():
     layer = Activated(5).eval()
-    network = nn.ModuleDict({"norm": layer, "head": nn.Linear(1, 1)})
-    (site,) = find_sites(network, "head", list(network.state_dict()), KINDS).handled
-    with pytest.raises(ValueError, match=r"layer 'norm' \(Activated\).*take 'norm' out"):
+    network = nn.Sequential(nn.Linear(4, 5), layer, nn.LayerNorm(5), nn.Linear(5, 1))
+    found = find_sites(network, "3", list(network.state_dict()), KINDS)
+    assert [site.name for site in found.handled] == ["0", "1", "2"]
+    order = trace(network, found.handled, torch.randn(2, 4))
+    assert [site.name for site in order.sites] == ["0", "2"]
+    assert order.unused == ()
+    kept = found.without(order.refused)
+    assert [site.name for site in kept.handled] == ["0", "2"]
+    assert kept.told("Average") == (
+        "1 layers are merged by Average, without a look at their inputs: 1. Activated does more "
+        "than scale and shift its normalised input, such as an activation."
+    )
+    (site,) = [site for site in found.handled if site.name == "1"]
+    with pytest.raises(ValueError, match=r"layer '1' \(Activated\) does more.*take 'norm' out"):
         input_columns(site, layer, (torch.randn(3, 5),), {}, 3)
 
 

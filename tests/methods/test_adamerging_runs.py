@@ -111,6 +111,35 @@ def test_coefficients_are_saved_and_used_again(tmp_path):
         LearnedCoefficients.load(tmp_path / "nowhere")
 
 
+def test_coefficients_bring_their_protocol_and_need_no_inputs(tmp_path):
+    network, head, shape = make("mlp")
+    experts = {task: tuned(network, seed) for seed, task in enumerate("abc")}
+    inputs = {task: torch.randn(9, *shape) for task in experts}
+    options = dict(base=network, head=head, correction=None, report="off")
+    method = AdaMerging(**RUN, save=str(tmp_path / "kept"), protocol="transductive")
+    first = merge_experts(experts, method, inputs, **options)
+    again = merge_experts(experts, AdaMerging(coefficients=str(tmp_path / "kept")), **options)
+    assert again.record["calibration"] == {}
+    for name, value in first.network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[name], value)
+    again.save(tmp_path / "merged")
+    manifest = json.loads((tmp_path / "merged" / "merged.json").read_text())
+    assert manifest["record"]["method"]["init_args"]["protocol"] == "transductive"
+    assert "| protocol | `transductive` |" in (tmp_path / "merged" / "README.md").read_text()
+    with pytest.raises(ValueError, match="no calibration inputs for a, b, c, which the method Ada"):
+        merge_experts(experts, AdaMerging(**RUN), **options)
+
+
+def test_coefficients_of_a_record_without_a_protocol_keep_the_given_one(tmp_path):
+    base, experts, calibration = setting()
+    AdaMerging(**RUN, save=str(tmp_path)).merge(base, experts, calibration)
+    saved = LearnedCoefficients.load(tmp_path)
+    replace(saved, record={}).save(tmp_path)
+    again = AdaMerging(coefficients=str(tmp_path), protocol="transductive")
+    found = again.outcome(base, experts, replace(calibration, inputs={}))
+    assert found.method.protocol == "transductive"
+
+
 def test_collapse_is_noticed():
     marginal = torch.tensor([[1.0, 1.0], [0.9, 1.0], [0.3, 0.9]])
     learned = LearnedCoefficients(

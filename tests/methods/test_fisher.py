@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.functional.fisher import fisher_terms
 from lightning_merge.methods import Average, Fisher
 from lightning_merge.networks import logits_of
@@ -215,3 +216,36 @@ def test_bad_inputs():
     broken["task1"]["net.0.bias"] = torch.full((8,), float("nan"))
     with pytest.raises(ValueError, match="'task1': parameter 'net.0.bias' holds 8 non-finite"):
         Fisher(samples=2).merge(base, broken, calibration)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_input_that_is_not_finite_is_named(value):
+    base, experts, calibration = setting(samples=6)
+    tensor = calibration.inputs["task1"].tensors()["inputs"].clone()
+    tensor[4, 2] = value
+    calibration = replace(
+        calibration, inputs={**calibration.inputs, "task1": CalibrationInputs.collect(tensor)}
+    )
+    with pytest.raises(ValueError, match=r"'task1': .*'inputs' holds NaN .* first in sample 4\. "):
+        Fisher(samples=6).merge(base, experts, calibration)
+
+
+class Overflowing(nn.Module):
+    """Finite inputs, gradients that are not."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * 1e38 * 1e38
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run in torch.func.vmap")
+def test_information_that_overflows_names_the_task():
+    _, _, calibration = setting(samples=4)
+    broken = replace(
+        calibration, network=lambda task: Overflowing(calibration.network(task)), head="inner.net.9"
+    )
+    with pytest.raises(ValueError, match="'task0': the Fisher information of 10 parameters holds"):
+        Fisher(samples=4).information("task0", broken)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_merge import merge_experts
+from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.methods import GreedySoup
 from lightning_merge.networks import load_backbone, logits_of
 from tests.methods.calibrated import Lockstep, setting
@@ -130,3 +131,52 @@ def test_bad_input():
     broken["task1"]["net.0.bias"] = torch.full((8,), float("inf"))
     with pytest.raises(ValueError, match="expert 'task1': parameter 'net.0.bias' holds 8"):
         GreedySoup().merge(base, broken, calibration)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_input_that_is_not_finite_is_named(value):
+    base, experts, calibration = setting(samples=10)
+    tensor = calibration.inputs["task2"].tensors()["inputs"].clone()
+    tensor[9, 0] = value
+    calibration = replace(
+        calibration, inputs={**calibration.inputs, "task2": CalibrationInputs.collect(tensor)}
+    )
+    with pytest.raises(ValueError, match=r"'task2': .*'inputs' holds NaN .* first in sample 9\. "):
+        GreedySoup().merge(base, experts, calibration)
+
+
+def overflowing(network, state):
+    """The same network with a backbone that finite inputs overflow in."""
+    load_backbone(network, {name: value * 1e38 for name, value in state.items()}, "net.9")
+    return network
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_scores_of_an_expert_that_are_not_finite_are_told_on_every_process(size):
+    _, experts, _ = setting(samples=20)
+
+    def run(runtime):
+        calibration = setting(samples=20, runtime=runtime)[2]
+        network = calibration.network
+        broken = replace(
+            calibration,
+            network=lambda task: (
+                overflowing(network(task), experts[task]) if task == "task1" else network(task)
+            ),
+        )
+        try:
+            GreedySoup().score(list(experts), broken)
+        except ValueError as error:
+            return str(error)
+
+    messages = Lockstep(size).run(run)
+    assert set(messages) == {messages[0]}
+    assert messages[0].startswith("'task1': the class scores of its expert hold NaN or infinity in")
+
+
+def test_scores_of_a_soup_that_are_not_finite_are_told():
+    _, experts, calibration = setting(samples=10)
+    score = GreedySoup().score(list(experts), calibration)
+    broken = {name: value * 1e38 for name, value in experts["task0"].items()}
+    with pytest.raises(ValueError, match="'task0': the class scores of a soup hold NaN"):
+        score(broken)

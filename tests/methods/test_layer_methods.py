@@ -1,9 +1,11 @@
 """The methods that solve layers, on networks that they know nothing of, and by every way in."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_merge import ExpertPool, MergedModel, merge_experts
 from lightning_merge.batch_norm import reestimate_batch_norm
@@ -17,7 +19,7 @@ from lightning_merge.methods.projection import ALL_KINDS
 from lightning_merge.networks import call_network, load_backbone, split_state
 from lightning_merge.runtime import Runtime
 from tests.callbacks.project import Classifier, samples
-from tests.layers.networks import calibration_of, experts_of
+from tests.layers.networks import Decoder, Memory, calibration_of, case, experts_of
 from tests.networks import make, tuned
 
 LAYERS = {"vit": 2 * 6 + 2, "convnext": 4 * 4 + 3 * 2 + 2, "resnet": 20}
@@ -61,6 +63,58 @@ def test_batch_norms_get_the_statistics_of_the_merged_network():
     assert math.isfinite(error)
 
 
+class Activated(nn.BatchNorm2d):
+    """As the batch norms of timm that hold their activation."""
+
+    def forward(self, x):
+        return nn.functional.silu(super().forward(x))
+
+
+class Mixed(nn.Module):
+    """A batch norm that is no plain norm, and one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3), Activated(4)
+        self.second, self.plain = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.plain(self.second(self.norm(self.first(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_norm_with_an_activation_inside_is_averaged_and_all_else_goes_on(mode):
+    torch.manual_seed(0)
+    network = Mixed()
+    base, states, calibration, experts = case(network, "head", (2, 8, 8))
+    method = OutputProjection(mode=mode, num_folds=None, safeguard=False)
+    told = "1 layers are merged by Average.*: norm. Activated does more than scale and shift"
+    with pytest.warns(UserWarning, match=told):
+        merged, reports = method.project(base, states, calibration)
+    assert [report.name for report in reports] == ["first", "second", "plain"]
+    for name in ("norm.weight", "norm.bias"):
+        mean = torch.stack([state[name] for state in states.values()]).mean(0)
+        torch.testing.assert_close(merged[name], mean)
+    # Its statistics are those of the merge all the same.
+    with pytest.warns(UserWarning, match=told):
+        model = merge_experts(
+            experts, method, calibration.inputs, base=network, head="head",
+            correction=None, report="off",
+        )  # fmt: skip
+    reached = []
+    handle = model.network.norm.register_forward_pre_hook(lambda _, args: reached.append(args[0]))
+    size = min(len(inputs) for inputs in calibration.inputs.values())
+    for task in experts:
+        with torch.no_grad():
+            model.network(calibration.inputs[task][slice(0, size)])
+    handle.remove()
+    values = torch.cat(reached)
+    mean, variance = values.mean((0, 2, 3)), values.var((0, 2, 3))
+    torch.testing.assert_close(model.network.norm.running_mean, mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.network.norm.running_var, variance, rtol=1e-2, atol=1e-3)
+
+
 def test_a_transformers_encoder_with_padding():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -93,6 +147,119 @@ def test_a_transformers_encoder_with_padding():
     assert ("query", "key", "value") in shared
     load_backbone(network, merged, "classifier")
     assert call_network(network, batch).logits.isfinite().all()
+
+
+class ClosedMemory(Memory):
+    """A memory with a part that no copy is known for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {0}
+
+
+SEQUENTIAL = [
+    OutputProjection(num_folds=None, safeguard=False),
+    OutputProjection(num_folds=None, safeguard=False, targets="same_input"),
+    RegMean(inputs="merged"),
+]
+
+
+@pytest.mark.parametrize("method", SEQUENTIAL)
+def test_blocks_that_write_into_their_arguments_are_resumed_as_they_were_found(method):
+    torch.manual_seed(0)
+    base, states, calibration, _ = case(Decoder(), "head", (5, 4), tasks=2)
+    merged = method.merge(base, states, calibration)
+    closed = case_with(calibration, ClosedMemory)
+    with pytest.warns(UserWarning, match=r"block 'blocks\.0' is called with a set, .* whole pass"):
+        whole = method.merge(base, states, closed)
+    for name, value in whole.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)
+
+
+def case_with(calibration, memory):
+    """The same with another memory in the networks."""
+
+    def network(task):
+        found = calibration.network(task)
+        found.memory = memory
+        return found
+
+    return replace(calibration, network=network)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_transformers_decoder_with_its_cache(masked):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=13,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    network = transformers.LlamaForSequenceClassification(config).eval()
+    experts = experts_of(network, 2, 0.1)
+    lengths = torch.arange(12) % 5 + 3
+    batch = {"input_ids": torch.randint(1, 13, (12, 7))}
+    if masked:
+        batch["attention_mask"] = (torch.arange(7)[None] < lengths[:, None]).long()
+    calibration = calibration_of(experts, dict.fromkeys(experts, batch), "score", 5)
+
+    def uncached(task):
+        found = calibration.network(task)
+        found.config.use_cache = False
+        return found
+
+    base = split_state(network, "score")[0]
+    states = {task: split_state(expert, "score")[0] for task, expert in experts.items()}
+    for method in SEQUENTIAL:
+        merged = method.merge(base, states, calibration)
+        expected = method.merge(base, states, replace(calibration, network=uncached))
+        for name, value in expected.items():
+            torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Transposed(nn.Module):
+    """As the linear layers of GPT-2: the weight is (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return x @ self.weight * self.scale
+
+
+class Tokened(nn.Module):
+    """A network whose matrices are a layer's, a stranger's, and a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 5))
+        self.first, self.strange = nn.Linear(5, 5), Transposed()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.strange(self.first(x + self.token)))
+
+
+@pytest.mark.parametrize("method", [OutputProjection(num_folds=None), RegMean()])
+def test_matrices_that_no_layer_covers_are_told_once(method):
+    base, states, calibration, _ = case(Tokened(), "head", (5,))
+    with pytest.warns(UserWarning, match="strange") as found:
+        merged = method.merge(base, states, calibration)
+    (message,) = [str(one.message) for one in found]
+    assert message.startswith(
+        "1 layers are merged by Average, without a look at their inputs: strange. Transposed is not"
+    )
+    mean = torch.stack([state["strange.weight"] for state in states.values()]).mean(0)
+    torch.testing.assert_close(merged["strange.weight"], mean)
 
 
 @pytest.fixture

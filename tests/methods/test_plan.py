@@ -2,9 +2,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_merge.methods import TIES, Coefficient, TaskArithmetic
-from lightning_merge.methods.plan import peak_entries, plan
+from lightning_merge.methods import (
+    TIES,
+    AdaMerging,
+    Average,
+    Coefficient,
+    Fisher,
+    GreedySoup,
+    OutputProjection,
+    RegMean,
+    TaskArithmetic,
+)
+from lightning_merge.methods.plan import peak_entries, plan, plan_with_data
 from lightning_merge.states import LazyStateDict
+from tests.methods.calibrated import setting
 from tests.methods.models import models
 
 
@@ -45,3 +56,49 @@ def test_plan_raises_what_the_merge_would():
         plan(TIES(), base, {"a": {**experts["task0"], "extra": torch.zeros(1)}})
     with pytest.raises(ValueError, match="matches no parameter"):
         plan(TIES(coefficients=(Coefficient(value=1.0, pattern="x"),)), base, experts)
+
+
+LEFT = {  # what is known of a network with batch norms, and of one with layer norms and tokens
+    "resnet": {
+        Fisher(samples=2): {"running_mean", "running_var", "num_batches_tracked"},
+        GreedySoup(samples=4): {"num_batches_tracked"},
+        AdaMerging(steps=1, batch_size=2): {"running_mean", "running_var", "num_batches_tracked"},
+        RegMean(): {"running_mean", "running_var", "num_batches_tracked", "weight", "bias"},
+        OutputProjection(num_folds=None): {"num_batches_tracked"},
+        OutputProjection(num_folds=None, mode="parallel"): {
+            "running_mean", "running_var", "num_batches_tracked",
+        },
+    },
+    "vit": {
+        Fisher(samples=2): set(),
+        RegMean(): {"weight", "bias", "cls_token", "pos_embed"},
+        OutputProjection(num_folds=None): {"cls_token", "pos_embed"},
+        OutputProjection(num_folds=None, layers=("linear",), fallback=TaskArithmetic()): {
+            "weight", "cls_token", "pos_embed",
+        },
+    },
+}  # fmt: skip
+CASES = [(kind, method) for kind, methods in LEFT.items() for method in methods]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), CASES, ids=[f"{k}-{type(m).__name__}" for k, m in CASES]
+)
+def test_what_is_planned_without_data_is_what_the_merge_does(kind, method):
+    base, experts, calibration = setting(kind, classes=(3, 3), samples=4)
+    known = {
+        p.name: p.treatment
+        for p in plan_with_data(method, base, experts)
+        if p.treatment != "unknown"
+    }
+    assert {name.rpartition(".")[2] for name in known} == LEFT[kind][method]
+    for name in known:  # no weight of a linear layer or a convolution is among them
+        assert base[name].ndim < 2 or not name.endswith("weight")
+    outcome = method.outcome(base, experts, calibration)
+    fallback = getattr(method, "fallback", None) or Average()
+    plain = {"average": Average(), "fallback": fallback}
+    merged = {name: one.merge(base, experts) for name, one in plain.items()}
+    for name, treatment in known.items():
+        assert outcome.treatments[name] == treatment
+        expected = base if treatment == "base" else merged[treatment]
+        torch.testing.assert_close(outcome.state[name], expected[name])

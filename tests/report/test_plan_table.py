@@ -1,6 +1,13 @@
 import torch
 
-from lightning_merge.methods import CalibratedMethod, Coefficient, IsoC, TaskArithmetic
+from lightning_merge.methods import (
+    CalibratedMethod,
+    Coefficient,
+    IsoC,
+    OutputProjection,
+    RegMean,
+    TaskArithmetic,
+)
 from lightning_merge.report import plan_text
 from tests.methods.models import models
 
@@ -50,3 +57,21 @@ def test_methods_for_matrices_and_methods_with_data():
     found = lines_of(Learned(), base, experts)
     assert "a.bias            4      float32  decided with data" in found
     assert found[0].startswith("Learned of 2 experts")
+
+
+def test_what_is_known_of_a_method_with_data_is_said():
+    base, experts = models(2, shapes=SHAPES)
+    base["bn.running_var"], base["n"] = torch.ones(3), torch.tensor(1)
+    for expert in experts.values():
+        expert["bn.running_var"], expert["n"] = torch.ones(3), torch.tensor(1)
+    found = lines_of(RegMean(), base, experts)
+    assert "a.bias            4      float32  average of the experts" in found
+    assert any(line.startswith("bn.running_var") and "average of" in line for line in found)
+    assert any(line.startswith("n ") and "value of the base" in line for line in found)
+    assert any("decided with data" in line for line in found)
+    method = OutputProjection(layers=("linear",), fallback=TaskArithmetic())
+    base["scale.gamma"] = torch.ones(3)
+    for expert in experts.values():
+        expert["scale.gamma"] = torch.ones(3)
+    found = lines_of(method, base, experts)
+    assert any(x.startswith("scale.gamma") and "merged by the fallback" in x for x in found)

@@ -13,6 +13,9 @@ from lightning_merge.states import LazyStateDict
 
 FORMAT = "AdaMerging coefficients"
 VERSION = 1
+TENSORS, MANIFEST = "coefficients.safetensors", "coefficients.json"
+BY_TASK = ("entropy", "marginal_entropy")
+"""Series of the history with a column for each task."""
 COLLAPSED = 0.5
 """A task is taken to have collapsed below this share of the entropy its classes began with."""
 
@@ -49,19 +52,37 @@ class LearnedCoefficients:
 
     def save(self, folder: str | Path) -> None:
         """Write ``coefficients.safetensors`` and, last, ``coefficients.json`` into a folder."""
+        files = self.files()
+        write_tensors(Path(folder) / TENSORS, files[TENSORS])
+        write_json(Path(folder) / MANIFEST, files[MANIFEST])
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """What :meth:`save` writes, by name of the file."""
         history = {f"history/{name}": value for name, value in self.history.items()}
-        path = Path(folder)
-        write_tensors(path / "coefficients.safetensors", {"coefficients": self.values, **history})
-        write_json(
-            path / "coefficients.json",
-            {
-                "format": {"name": FORMAT, "version": VERSION},
-                "tasks": list(self.tasks),
-                "groups": list(self.groups),
-                "unused": list(self.unused),
-                "record": dict(self.record),
+        manifest = {
+            "format": {"name": FORMAT, "version": VERSION},
+            "tasks": list(self.tasks),
+            "groups": list(self.groups),
+            "unused": list(self.unused),
+            "record": dict(self.record),
+        }
+        return {TENSORS: {"coefficients": self.values, **history}, MANIFEST: manifest}
+
+    def summary(self) -> dict[str, Any]:
+        """What fits into the manifest of a merged model."""
+        told = ("protocol", "steps", "seconds", "lr", "peak_memory")
+        low, mean, high = self.values.amin(0), self.values.mean(0), self.values.amax(0)
+        return {
+            **{name: self.record[name] for name in told if name in self.record},
+            "coefficients": {
+                task: {"lowest": float(a), "mean": float(b), "highest": float(c)}
+                for task, a, b, c in zip(self.tasks, low, mean, high, strict=True)
             },
-        )
+            "groups": len(self.groups),
+            "unused": len(self.unused),
+            "collapsed": self.collapsed(),
+            "details": MANIFEST,
+        }
 
     @classmethod
     def load(cls, folder: str | Path) -> "LearnedCoefficients":
@@ -72,8 +93,8 @@ class LearnedCoefficients:
                 together.
         """
         path = Path(folder)
-        manifest = read_json(path / "coefficients.json", FORMAT, VERSION)
-        tensors = LazyStateDict(path / "coefficients.safetensors")
+        manifest = read_json(path / MANIFEST, FORMAT, VERSION)
+        tensors = LazyStateDict(path / TENSORS)
         shape = (len(manifest["groups"]), len(manifest["tasks"]))
         if "coefficients" not in tensors or tensors.shape("coefficients") != shape:
             found = tensors.shape("coefficients") if "coefficients" in tensors else "none"
@@ -81,6 +102,13 @@ class LearnedCoefficients:
                 f"{path} should hold coefficients of shape {shape} (groups, tasks), found {found}: "
                 "its two files are of different runs. Learn them again."
             )
+        return cls.of(manifest, tensors)
+
+    @classmethod
+    def of(
+        cls, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> "LearnedCoefficients":
+        """The coefficients of what the two files hold."""
         return cls(
             values=tensors["coefficients"],
             groups=tuple(manifest["groups"]),
@@ -122,5 +150,9 @@ class LearnedCoefficients:
             groups=tuple(groups),
             tasks=tuple(tasks),
             unused=self.unused,
+            history={
+                name: series[:, columns] if name in BY_TASK else series
+                for name, series in self.history.items()
+            },
             record=self.record,
         )

@@ -19,6 +19,7 @@ from lightning_merge.methods.adaptation.sampling import rows_of
 from lightning_merge.methods.adaptation.state import LearningState, adam_step
 from lightning_merge.methods.base import Calibration
 from lightning_merge.networks import call_network, logits_of, named_state, plain_copy
+from lightning_merge.runtime import PeakMemory
 from lightning_merge.states import STATISTIC_SUFFIXES
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Learner:
         Raises:
             ValueError: If ten steps in a row have no finite loss.
         """
-        method, start = self.method, time.perf_counter()
+        method, start, memory = self.method, time.perf_counter(), PeakMemory(self.runtime.device)
         state = self._state()
         self._warn_of_few_samples()
         if state.buffers:
@@ -73,10 +74,13 @@ class Learner:
             if self._converged(state):
                 break
             self._step(state)
+            memory.note()
             if state.step % method.save_every == 0:
                 self._save(state)
         self._save(state)
-        return self._result(state, time.perf_counter() - start)
+        memory.note()
+        cost = {"seconds": time.perf_counter() - start, "peak_memory": memory.bytes}
+        return self._result(state, cost)
 
     def _state(self) -> LearningState:
         method = self.method
@@ -158,7 +162,7 @@ class Learner:
         if self.method.state_path is not None and self.runtime.is_first:
             state.save(self.method.state_path, self.identity)
 
-    def _result(self, state: LearningState, seconds: float) -> LearnedCoefficients:
+    def _result(self, state: LearningState, cost: Mapping[str, float]) -> LearnedCoefficients:
         names = list(self.weights.group_of)
         unused = tuple(n for n, r in zip(names, state.reached, strict=True) if not r)
         if unused and state.updates:
@@ -173,7 +177,7 @@ class Learner:
             tasks=self.tasks,
             unused=unused,
             history=state.stacked_history(),
-            record={"steps": state.step, "seconds": seconds, "lr": state.lr},
+            record={"steps": state.step, "lr": state.lr, **cost},
         )
         if collapsed := learned.collapsed():
             warnings.warn(

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_merge.calibration import CalibrationInputs
+from lightning_merge.calibration import CalibrationInputs, check_finite_batch
 from lightning_merge.functional.seeds import seed_of
 
 
@@ -49,12 +49,8 @@ def checked_digest(task: str, inputs: CalibrationInputs, batch_size: int = 256) 
     for rows in inputs.batches(batch_size):
         batch = inputs[rows]
         named = batch if isinstance(batch, dict) else {"inputs": batch}
+        check_finite_batch(task, batch, range(rows.start, rows.stop))
         for name, value in named.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"'{task}': calibration input '{name}' holds NaN or infinity between samples "
-                    f"{rows.start} and {rows.stop - 1}. Clean the inputs."
-                )
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import Sampling
 from lightning_merge.merging import calibration_for, merge_experts
 from lightning_merge.methods import Average, TaskArithmetic, WeightMethod
+from lightning_merge.methods.buffers import knowing_buffers
 from lightning_merge.methods.layer_diagnosis import (
     BASES,
     LayerDiagnosis,
@@ -30,6 +31,7 @@ from lightning_merge.methods.layer_diagnosis import (
 )
 from lightning_merge.methods.layerwise import LayerWalk
 from lightning_merge.methods.projection import ALL_KINDS
+from lightning_merge.networks import floating_buffers
 from lightning_merge.pool import ExpertPool
 from lightning_merge.runtime import Runtime
 from lightning_merge.selecting import brief
@@ -267,11 +269,13 @@ def diagnose_experts(
         ),
     )
     names = list(given.experts)
+    buffers = floating_buffers(walk.network, given.base)
+    informed = {brief(method): knowing_buffers(method, buffers) for method in methods}
     equal = dict.fromkeys(names, 1.0)
     found = diagnose_layers(
         walk,
         walk.expert_statistics(),
-        {brief(method): method.merge(given.base, given.experts) for method in methods},
+        {name: method.merge(given.base, given.experts) for name, method in informed.items()},
         as_preference(equal if preference is None else preference, names),
     )
     merges = {}

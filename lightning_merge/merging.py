@@ -22,9 +22,11 @@ from lightning_merge.methods import (
     MergeMethod,
     WeightMethod,
 )
+from lightning_merge.methods.buffers import knowing_buffers
 from lightning_merge.methods.interference import MergeReport, ReportDepth, merge_report
 from lightning_merge.networks import (
     build_head,
+    floating_buffers,
     get_submodule,
     load_backbone,
     named_state,
@@ -111,12 +113,13 @@ def merge_experts(
     timings["interference"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    if isinstance(method, WeightMethod):
+    informed = knowing_buffers(method, floating_buffers(network, source.base))
+    if isinstance(informed, WeightMethod):
         origin = source.base
         walk = runtime.over_parameters(list(origin), "Merging")
-        state = dict(each for _, each in zip(walk, method.stream(origin, lazily), strict=True))
-    elif isinstance(method, CalibratedMethod):
-        state = method.merge(
+        state = dict(each for _, each in zip(walk, informed.stream(origin, lazily), strict=True))
+    elif isinstance(informed, CalibratedMethod):
+        state = informed.merge(
             source.base, lazily, _calibration(source, network, heads, inputs, runtime, batch_size)
         )
     else:
@@ -141,7 +144,7 @@ def merge_experts(
         statistics=statistics,
         options=options or CorrectionOptions(),
         model=source.model,
-        report=_written(report, method, network),
+        report=_written(report, informed, network),
         record={
             "method": describe(method),
             "base_fingerprint": source.fingerprint,

@@ -68,6 +68,10 @@ class WeightMethod(MergeMethod):
     coefficients: tuple[Coefficient, ...] = ()
     """Factors of the task vectors by layer, block or task; the first rule that matches counts."""
 
+    buffers: tuple[str, ...] = ()
+    """Shell patterns of floating buffers: averaged, as running_mean and running_var always are.
+    A merge of modules adds all that they have."""
+
     def merge(self, base: StateDict, experts: Mapping[str, StateDict]) -> dict[str, Tensor]:
         """Merge the experts into one state dict with the base's keys, shapes and dtypes.
 
@@ -106,9 +110,9 @@ class WeightMethod(MergeMethod):
     def treatment(self, name: str, kind: str) -> Treatment:
         """What an entry gets: the method, the average, or the base's value.
 
-        Integer and boolean buffers are the base's. Running statistics are averaged and never
-        extrapolated, so that variances stay non-negative. Of the rest, what ``include`` and
-        ``exclude`` select goes through the method.
+        Integer and boolean buffers are the base's. Running statistics, and what ``buffers``
+        names, are averaged and never extrapolated, so that variances stay non-negative. Of the
+        rest, what ``include`` and ``exclude`` select goes through the method.
 
         Args:
             name: The entry's name.
@@ -116,7 +120,7 @@ class WeightMethod(MergeMethod):
         """
         if kind != "floating":
             return "base"
-        if name.rpartition(".")[2] in STATISTIC_SUFFIXES:
+        if name.rpartition(".")[2] in STATISTIC_SUFFIXES or matches(name, self.buffers):
             return "average"
         chosen = matches(name, self.include) and not matches(name, self.exclude)
         return "method" if chosen else self.otherwise

@@ -17,12 +17,14 @@ from lightning_merge.methods import (
     IsoC,
     IsoCTS,
     ModelStock,
+    OutputProjection,
     Slerp,
     TaskArithmetic,
     TSVMerge,
     WeightMethod,
     walk,
 )
+from lightning_merge.methods.buffers import knowing_buffers
 from lightning_merge.states import LazyStateDict
 from tests.methods.models import flat, model_sets, models
 
@@ -97,6 +99,26 @@ def test_a_large_scale_leaves_variances_positive():
     base, experts = batchnorm(), {t: batchnorm(i) for i, t in enumerate("ab", start=1)}
     merged = TaskArithmetic(scale=50.0).merge(base, experts)
     assert (merged["1.running_var"] > 0).all()
+
+
+@EACH
+def test_floating_buffers_that_are_named_are_averaged(method):
+    base, experts = models(2, shapes={"fc.weight": (4, 3), "bn.scale": (4,)})
+    told = type(method)(**{**vars(method), "buffers": ("bn.*",)})
+    merged, mean = told.merge(base, experts), Average().merge(base, experts)
+    assert torch.equal(merged["bn.scale"], mean["bn.scale"])
+
+
+def test_methods_within_methods_hear_of_buffers_by_their_exact_names():
+    inner = TaskArithmetic(buffers=("kept.*",))
+    method = OutputProjection(fallback=inner, heuristics=(TIES(), DARE()))
+    told = knowing_buffers(method, ["a[0].scale"])
+    for one in (told.fallback, *told.heuristics):
+        assert one.treatment("a[0].scale", "floating") == "average"
+        assert one.treatment("a0.scale", "floating") == "method"
+    assert told.fallback.treatment("kept.x", "floating") == "average"
+    assert knowing_buffers(method, []) is method
+    assert inner.buffers == ("kept.*",)
 
 
 @EACH

@@ -13,7 +13,14 @@ from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.functional.average import average
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.low_rank import low_rank_factors
-from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
+from lightning_merge.methods.rules import (
+    Coefficient,
+    check_patterns,
+    check_rules,
+    coefficients_of,
+    matches,
+    warn_of_idle,
+)
 from lightning_merge.methods.walk import (
     BlockMerge,
     RowMerge,
@@ -85,7 +92,7 @@ class WeightMethod(MergeMethod):
 
         Raises:
             ValueError: If keys or shapes differ from the base's, a value is not finite, or a rule
-                names no parameter; the message names the expert and the parameter.
+                or pattern matches no parameter; the message names the expert and the parameter.
         """
         return dict(self.stream(base, experts))
 
@@ -94,7 +101,7 @@ class WeightMethod(MergeMethod):
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield what :meth:`merge` returns, one named tensor after the other."""
         check_compatible(base, experts)
-        check_rules(tuple(experts), tuple(base), self.coefficients)
+        self.check_names(tuple(base), tuple(experts))
         method = self.bind(base, experts)
         ties = tied_names(base)
         shared: dict[str, Tensor] = {}
@@ -106,6 +113,24 @@ class WeightMethod(MergeMethod):
             if name in ties.values():
                 shared[name] = merged
             yield name, merged
+
+    def check_names(self, names: Sequence[str], tasks: Sequence[str]) -> None:
+        """Check that every pattern matches a parameter, and every task is an expert.
+
+        Args:
+            names: Those of the base.
+            tasks: Those of the experts.
+
+        Raises:
+            ValueError: If one does not. A pattern that excludes nothing is a warning.
+        """
+        check_rules(tasks, names, self.coefficients)
+        check_patterns(names, self.patterns())
+        warn_of_idle(names, self.exclude)
+
+    def patterns(self) -> dict[str, Sequence[str]]:
+        """Patterns of names by option, each of which must match."""
+        return {"include": self.include, "buffers": self.buffers}
 
     def treatment(self, name: str, kind: str) -> Treatment:
         """What an entry gets: the method, the average, or the base's value.

@@ -25,6 +25,7 @@ from lightning_merge.methods import (
     walk,
 )
 from lightning_merge.methods.buffers import knowing_buffers
+from lightning_merge.methods.plan import plan
 from lightning_merge.states import LazyStateDict
 from tests.methods.models import flat, model_sets, models
 
@@ -308,6 +309,38 @@ def test_coefficient_errors():
         TaskArithmetic(coefficients=rules).merge(base, experts)
     with pytest.raises(ValueError, match="finite"):
         Coefficient(value=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        (TIES(include=("fc.*", "nope.*")), "include"),
+        (Average(buffers=("nope.*",)), "buffers"),
+        (TSVMerge(split={"nope.*": 3}), "split"),
+        (IsoC(split={"fc.weight": 1, "nope.*": 3}), "split"),
+        (Slerp(positions={"fc.*": 0.2, "nope.*": 0.3}), "positions"),
+    ],
+)
+def test_patterns_that_match_nothing_are_errors(method, option):
+    base, experts = models(2)
+    message = rf"^{option}: pattern 'nope\.\*' matches no parameter.*parameters are: conv\.weight"
+    with pytest.raises(ValueError, match=message):
+        method.merge(base, experts)
+    with pytest.raises(ValueError, match=message):
+        plan(method, base, experts)
+
+
+def test_a_pattern_that_excludes_nothing_is_a_warning():
+    base, experts = models(2)
+    method = Average(exclude=("*.bias", "nope.*"))
+    with pytest.warns(UserWarning, match=r"exclude: no parameter matches 'nope\.\*'; nothing"):
+        merged = method.merge(base, experts)
+    expected = Average(exclude=("*.bias",)).merge(base, experts)
+    assert all(torch.equal(merged[name], expected[name]) for name in base)
+
+
+def test_an_empty_model_has_nothing_that_a_pattern_could_match():
+    assert Average(include=("fc.*",)).merge({}, {"a": {}}) == {}
 
 
 def test_abstract_base_cannot_be_made():

@@ -19,7 +19,9 @@ from lightning_merge.methods import (
     ModelStock,
     OutputProjection,
     Slerp,
+    TALLCompress,
     TaskArithmetic,
+    TSVCompress,
     TSVMerge,
     WeightMethod,
     walk,
@@ -180,6 +182,34 @@ def test_differing_experts_are_one_error(method):
     experts["task1"]["fc.weight"] = torch.zeros(2, 2)
     with pytest.raises(ValueError, match=r"task0.*missing: fc.bias.*task1.*\(2, 2\) vs \(7, 5\)"):
         method.merge(base, experts)
+
+
+@EACH
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("place", ["everywhere", "one expert"])
+def test_eight_bit_floats_are_one_error_that_tells_what_to_do(
+    method, place, dtype, lazily, tmp_path
+):
+    base, experts = models(2)
+    states = {"base": base, **experts}
+    for name, state in states.items():
+        if place == "everywhere" or name == "task1":
+            state["fc.weight"] = state["fc.weight"].to(dtype)
+        if lazily:
+            save_file(state, tmp_path / name)
+    if lazily:
+        states = {name: LazyStateDict(tmp_path / name) for name in states}
+    base = states.pop("base")
+    found = {
+        "everywhere": "the base: 1 parameters float8, which cannot be merged: fc.weight",
+        "one expert": "expert 'task1': 1 parameters of another kind .* 'fc.weight' float8 vs float",
+    }
+    with pytest.raises(ValueError, match=f"{found[place]}.*to bfloat16 first"):
+        method.merge(base, states)
+    for store in (TSVCompress(), TALLCompress()):
+        with pytest.raises(ValueError, match=f"{found[place]}.*to bfloat16 first"):
+            store.save(tmp_path / "store", base, states)
 
 
 @EACH

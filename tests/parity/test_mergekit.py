@@ -8,7 +8,14 @@ import torch
 from lightning_merge.functional.breadcrumbs import breadcrumbs
 from lightning_merge.functional.slerp import slerp
 from lightning_merge.functional.ties import trim
-from lightning_merge.methods import TIES, Breadcrumbs, ModelStock, TaskArithmetic
+from lightning_merge.methods import (
+    TIES,
+    Average,
+    Breadcrumbs,
+    Coefficient,
+    ModelStock,
+    TaskArithmetic,
+)
 from tests.methods.models import models
 
 pytestmark = pytest.mark.parity
@@ -126,3 +133,23 @@ def test_slerp():
         theirs = peer.slerp(torch.tensor([0.3]), *pair)
         ours = slerp(first[name], second[name], 0.3).reshape(1, -1)
         torch.testing.assert_close(ours, theirs.reshape(1, -1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear(normalize, dtype):
+    peer = pytest.importorskip("mergekit.merge_methods.linear", reason=REASON)
+    base, experts = models(3, shapes=SHAPES, dtype=dtype)
+    weights = dict(zip(experts, (0.2, 1.7, -0.4), strict=True))
+    if normalize:
+        merged = Average(weights=weights).merge(base, experts)
+    else:  # a sum of weights is task arithmetic from a base of zeros
+        rules = tuple(Coefficient(value=w, task=task) for task, w in weights.items())
+        zeros = {name: torch.zeros_like(value) for name, value in base.items()}
+        merged = TaskArithmetic(scale=1.0, coefficients=rules).merge(zeros, experts)
+    for name in SHAPES:
+        batch = SimpleNamespace(tensors=[e[name][None] for e in experts.values()])
+        given = torch.tensor([list(weights.values())])
+        theirs = peer.linear_merge.merge_batch(batch, weight=given, normalize=normalize)
+        precision = {torch.bfloat16: 1e-2}.get(dtype, 1e-6)
+        torch.testing.assert_close(merged[name], theirs[0], atol=precision, rtol=precision)

@@ -12,6 +12,7 @@ from lightning_merge.functional.average import average
 from lightning_merge.functional.lora import sum_of_products
 from lightning_merge.functional.task_arithmetic import add_update
 from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.checks import in_order
 from lightning_merge.methods.walk import BlockMerge
 from lightning_merge.states import StateDict
 
@@ -38,14 +39,7 @@ class Average(WeightMethod):
         """Check that the weights name the experts, and bring them into their order."""
         if self.weights is None:
             return self
-        missing = [task for task in experts if task not in self.weights]
-        unknown = [task for task in self.weights if task not in experts]
-        if missing or unknown:
-            raise ValueError(
-                f"weights must name every expert once: {', '.join(experts)}; "
-                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}."
-            )
-        return replace(self, weights={task: self.weights[task] for task in experts})
+        return replace(self, weights=in_order(self.weights, experts))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""

@@ -73,6 +73,35 @@ def test_ties_by_tensor(sparsify, arithmetic):
         torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_ties_with_unequal_weights(arithmetic, sparsify, normalize):
+    peer = arithmetic.GeneralizedTaskArithmeticMerge(
+        consensus_method=arithmetic.ConsensusMethod.sum,
+        sparsification_method=sparsify.SparsificationMethod.magnitude,
+        default_normalize=True,
+        default_rescale=False,
+        method_name="ties",
+        method_pretty_name=None,
+        method_reference_url=None,
+    )
+    base, experts = models(3, shapes=SHAPES)
+    weights = (0.2, 0.5, 1.0)
+    merged = TIES(
+        density=0.5,
+        scope="tensor",
+        zero_sign="positive",
+        count="floor",
+        combine="mean" if normalize else "sum",
+        weights=dict(zip(experts, weights, strict=True)),
+        scale=0.8,
+    ).merge(base, experts)
+    options = {"normalize": normalize, "rescale": False, "int8_mask": False, "lambda": 0.8}
+    options |= {"weight": dict(enumerate(weights)), "density": dict.fromkeys(range(3), 0.5)}
+    for name in base:
+        theirs = peer.merge_group(group_of(base, experts, name), **options)
+        torch.testing.assert_close(merged[name], theirs, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("density", "drop_top"), [(0.5, 0.1), (0.25, 0.0), (0.75, 0.25)])
 def test_breadcrumbs_where_the_shares_are_whole_numbers(sparsify, density, drop_top):
     base, experts = models(2, shapes={"w": (20, 4)})

@@ -1,6 +1,7 @@
 """The two kinds of merging methods: from weights alone, and from weights and calibration data."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,7 @@ from lightning_merge.methods.rules import (
     matches,
     warn_of_idle,
 )
+from lightning_merge.methods.unmoved import listed_again, unmoved
 from lightning_merge.methods.walk import (
     BlockMerge,
     RowMerge,
@@ -102,6 +104,8 @@ class WeightMethod(MergeMethod):
         """Yield what :meth:`merge` returns, one named tensor after the other."""
         check_compatible(base, experts)
         self.check_names(tuple(base), tuple(experts))
+        for message in unmoved(tuple(experts), listed_again(base, experts)) if base else ():
+            warnings.warn(message, stacklevel=3)
         method = self.bind(base, experts)
         ties = tied_names(base)
         shared: dict[str, Tensor] = {}

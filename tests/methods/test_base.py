@@ -29,7 +29,7 @@ from lightning_merge.methods import (
 from lightning_merge.methods.buffers import knowing_buffers
 from lightning_merge.methods.plan import plan
 from lightning_merge.states import LazyStateDict
-from tests.methods.models import flat, model_sets, models
+from tests.methods.models import SHAPES, flat, model_sets, models
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:slerp. two tensors", "ignore:TSVMerge. .* matrices have fewer"
@@ -271,12 +271,37 @@ def test_blocks_change_nothing(method, data):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("form", ["object", "memory", "file"])
+def test_a_base_among_the_experts_is_a_warning_and_nothing_is_read(form, tmp_path):
+    base, experts = models(2)
+    again = base if form == "object" else {n: v.detach() for n, v in base.items()}
+    if form == "file":
+        save_file(base, tmp_path / "b")
+        base, again = LazyStateDict(tmp_path / "b"), LazyStateDict(tmp_path / "b")
+    experts = {**experts, "start": again}
+    with pytest.warns(UserWarning, match="expert 'start' is the base itself: all it adds"):
+        merged = Average().merge(base, experts)
+    for name in SHAPES:
+        mean = sum(e[name].double() for e in experts.values()) / 3
+        torch.testing.assert_close(merged[name].double(), mean, rtol=1e-5, atol=1e-6)
+    with pytest.warns(UserWarning, match="no expert differs from the base, so the merge is the"):
+        TaskArithmetic().merge(base, {"a": again, "b": base})
+
+
+def test_another_expert_with_equal_values_is_not_looked_at(recwarn):
+    base, experts = models(2)
+    equal = {name: value.clone() for name, value in base.items()}
+    Average().merge(base, {**experts, "equal": equal})
+    assert not recwarn.list
+
+
 @EACH
 @FEW
 @given(data=model_sets(2, 2))
 def test_no_change_returns_the_base_bitwise(method, data):
     base, experts = data
-    merged = method.merge(base, dict.fromkeys(experts, base))
+    same = {t: {n: v.clone() for n, v in base.items()} for t in experts}
+    merged = method.merge(base, same)
     if not isinstance(method, Average):
         assert all(torch.equal(merged[n], base[n]) for n in base)
     for name in base:

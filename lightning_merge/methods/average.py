@@ -20,7 +20,11 @@ from lightning_merge.states import StateDict
 @final
 @dataclass(frozen=True, kw_only=True)
 class Average(WeightMethod):
-    """Averages the experts; the base does not enter."""
+    """Averages the experts; the base does not enter.
+
+    So experts that all equal the base give it up to the rounding of the sum, in float32 or wider,
+    where methods of task vectors give its bits: comparing with the base would cost a pass.
+    """
 
     weights: dict[str, float] | None = None
     """Weight of each expert by task, divided by their sum; null: all alike."""

@@ -136,6 +136,7 @@ FACTORED = [
     Average(),
     Average(weights={"a": 3.0, "b": 1.0, "c": -1.0}),
     TaskArithmetic(scale=0.7),
+    TaskArithmetic(weights={"c": 2.0, "a": 1.0, "b": -1.0}, normalize=True),
     TSVMerge(),
     TSVMerge(convolutions="matrix", scale=0.9, split={"*.qkv.weight": 3}),
     TSVMerge(energy=0.9),

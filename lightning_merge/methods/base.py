@@ -26,6 +26,7 @@ from lightning_merge.methods.unmoved import listed_again, unmoved
 from lightning_merge.methods.walk import (
     BlockMerge,
     RowMerge,
+    integers,
     map_blocks,
     parameter_rows,
     scaled,
@@ -80,6 +81,9 @@ class WeightMethod(MergeMethod):
     buffers: tuple[str, ...] = ()
     """Shell patterns of floating buffers: averaged, as running_mean and running_var always are.
     A merge of modules adds all that they have."""
+
+    on_buffer_mismatch: Literal["base", "first", "error"] = "base"
+    """Integer and boolean buffers that differ: the base's, the first expert's, or an error."""
 
     def merge(self, base: StateDict, experts: Mapping[str, StateDict]) -> dict[str, Tensor]:
         """Merge the experts into one state dict with the base's keys, shapes and dtypes.
@@ -139,9 +143,10 @@ class WeightMethod(MergeMethod):
     def treatment(self, name: str, kind: str) -> Treatment:
         """What an entry gets: the method, the average, or the base's value.
 
-        Integer and boolean buffers are the base's. Running statistics, and what ``buffers``
-        names, are averaged and never extrapolated, so that variances stay non-negative. Of the
-        rest, what ``include`` and ``exclude`` select goes through the method.
+        Integer and boolean buffers are the base's (``on_buffer_mismatch`` looks at their values).
+        Running statistics, and what ``buffers`` names, are averaged and never extrapolated, so
+        that variances stay non-negative. Of the rest, what ``include`` and ``exclude`` select
+        goes through the method.
 
         Args:
             name: The entry's name.
@@ -278,7 +283,9 @@ class WeightMethod(MergeMethod):
         treatment = self.treatment(name, "floating" if value.is_floating_point() else "integer")
         if treatment == "base":
             check_finite(name, "the base", value)
-            return value.clone()
+            if value.is_floating_point():
+                return value.clone()
+            return integers(name, value, experts, self.on_buffer_mismatch)
         if treatment == "average":
             stacked = stack_parameter(name, value, experts, [1.0] * len(experts))
             return self.average_tensor(stacked).to(value.dtype)

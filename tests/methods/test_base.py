@@ -98,6 +98,24 @@ def test_integer_buffers_are_the_bases_and_statistics_are_averaged(method):
     assert (merged["1.running_var"] > 0).all()
 
 
+@EACH
+def test_integer_buffers_that_differ_are_the_first_experts_or_an_error_where_asked(method):
+    base, experts = models(2)
+    for state, steps in zip((base, *experts.values()), (1, 2, 3), strict=True):
+        state["steps"], state["same"] = torch.tensor(steps), torch.tensor([True])
+    first = type(method)(**{**vars(method), "on_buffer_mismatch": "first"})
+    merged = first.merge(base, experts)
+    assert merged["steps"] == 2
+    merged["steps"] += 5
+    assert experts["task0"]["steps"] == 2
+    strict = type(method)(**{**vars(method), "on_buffer_mismatch": "error"})
+    with pytest.raises(ValueError, match="buffer 'steps' differs .* experts task0, task1. Merge"):
+        strict.merge(base, experts)
+    for expert in experts.values():
+        expert["steps"] = base["steps"].clone()
+    assert strict.merge(base, experts)["steps"] == 1
+
+
 def test_a_large_scale_leaves_variances_positive():
     base, experts = batchnorm(), {t: batchnorm(i) for i, t in enumerate("ab", start=1)}
     merged = TaskArithmetic(scale=50.0).merge(base, experts)

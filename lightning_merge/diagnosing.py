@@ -19,6 +19,7 @@ from lightning_merge.layers.statistics import Sampling
 from lightning_merge.merge_errors import MergeError, merge_errors
 from lightning_merge.merging import MergeInputs, calibration_for
 from lightning_merge.methods import Average, TaskArithmetic, WeightMethod
+from lightning_merge.methods.buffers import knowing_buffers
 from lightning_merge.methods.layer_diagnosis import (
     BASES,
     LayerDiagnosis,
@@ -27,6 +28,7 @@ from lightning_merge.methods.layer_diagnosis import (
 )
 from lightning_merge.methods.layerwise import LayerWalk
 from lightning_merge.methods.projection import ALL_KINDS
+from lightning_merge.networks import floating_buffers
 from lightning_merge.pool import ExpertPool
 from lightning_merge.runtime import Runtime
 from lightning_merge.selecting import brief
@@ -260,8 +262,10 @@ def diagnose_experts(
         ),
     )
     names = list(given.experts)
+    buffers = floating_buffers(walk.network, given.base)
+    informed = {brief(method): knowing_buffers(method, buffers) for method in methods}
+    states = {name: method.merge(given.base, given.experts) for name, method in informed.items()}
     equal = dict.fromkeys(names, 1.0)
-    states = {brief(method): method.merge(given.base, given.experts) for method in methods}
     found = diagnose_layers(
         walk,
         walk.expert_statistics(),

@@ -35,8 +35,8 @@ def merge_adapters(
 ) -> dict[str, Tensor]:
     """Merge LoRA adapters into one state dict with the base's keys, shapes and dtypes.
 
-    TSVMerge, IsoC, TaskArithmetic and Average work on the factors: no task's dense update is
-    formed, only the merged one. Other methods get one parameter of all experts at a time, dense.
+    TSVMerge, IsoC, IsoCTS, TaskArithmetic and Average work on the factors: no task's dense update
+    is formed, only the merged one. Other methods get one parameter of all experts at a time, dense.
 
     Args:
         base: The pre-trained weights.

@@ -22,10 +22,12 @@ from lightning_merge.methods import (
     MergeMethod,
     WeightMethod,
 )
+from lightning_merge.methods.buffers import knowing_buffers
 from lightning_merge.methods.interference import MergeReport, ReportDepth, merge_report
 from lightning_merge.methods.outcome import Outcome
 from lightning_merge.networks import (
     build_head,
+    floating_buffers,
     get_submodule,
     load_backbone,
     named_state,
@@ -113,13 +115,14 @@ def merge_experts(
 
     start = time.perf_counter()
     outcome: Outcome | None = None
-    if isinstance(method, WeightMethod):
+    informed = knowing_buffers(method, floating_buffers(network, source.base))
+    if isinstance(informed, WeightMethod):
         origin = source.base
         walk = runtime.over_parameters(list(origin), "Merging")
-        state = dict(each for _, each in zip(walk, method.stream(origin, lazily), strict=True))
-    elif isinstance(method, CalibratedMethod):
+        state = dict(each for _, each in zip(walk, informed.stream(origin, lazily), strict=True))
+    elif isinstance(informed, CalibratedMethod):
         calibrated = _calibration(source, network, heads, inputs, runtime, batch_size)
-        outcome = method.outcome(source.base, lazily, calibrated)
+        outcome = informed.outcome(source.base, lazily, calibrated)
         state, method = outcome.state, outcome.method or method
     else:
         raise ValueError(f"{type(method).__name__} is neither a WeightMethod nor CalibratedMethod.")
@@ -143,7 +146,7 @@ def merge_experts(
         statistics=statistics,
         options=options or CorrectionOptions(),
         model=source.model,
-        report=_written(report, method, network, outcome),
+        report=_written(report, informed, network, outcome),
         files={} if outcome is None else dict(outcome.files),
         record={
             "method": describe(method),

@@ -5,7 +5,7 @@ parameter and buffer outside the head. Nothing else is asked of a network.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,14 @@ def clean_names(state: StateDict) -> dict[str, Tensor]:
 def named_state(network: nn.Module) -> dict[str, Tensor]:
     """Live tensors of a network under clean names: writing to them changes the network."""
     return clean_names(network.state_dict())
+
+
+def floating_buffers(network: nn.Module, among: Container[str]) -> list[str]:
+    """Clean names of the floating-point buffers of a network that are ``among`` some names."""
+    every = network.named_buffers(remove_duplicate=False)
+    buffers = {name for name, value in every if value.is_floating_point()}
+    names = zip(network.state_dict(), named_state(network), strict=True)
+    return [clean for name, clean in names if name in buffers and clean in among]
 
 
 def plain_copy(network: nn.Module, without: object = None) -> nn.Module:

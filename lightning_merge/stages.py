@@ -20,6 +20,8 @@ from lightning_merge.merged import MergedModel
 from lightning_merge.merged_folder import record_scores
 from lightning_merge.merging import Correction, merge_experts
 from lightning_merge.methods import MergeMethod, WeightMethod
+from lightning_merge.methods.buffers import knowing_buffers
+from lightning_merge.networks import floating_buffers
 from lightning_merge.pareto import SweepResult
 from lightning_merge.pool import ExpertPool
 from lightning_merge.report import (
@@ -114,6 +116,8 @@ def dry_run(
     experts = ExpertPool.open(pool)
     states = {task: experts.expert(task) for task in chosen_tasks(experts, tasks)}
     tried = [method] if select is False else select_from(select, method, len(states))
+    buffers = floating_buffers(experts.network(), experts.base) if experts.model else []
+    tried = [knowing_buffers(one, buffers) for one in tried]
     trainer.print("\n\n".join(plan_text(one, experts.base, states) for one in tried))
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,6 +25,14 @@ DTYPES = {
     "BOOL": "bool",
 }
 """What safetensors and torch call the same dtype."""
+
+
+NARROW = (
+    "Floating-point numbers of eight bits or fewer hold quantised weights, whose steps are larger "
+    "than most task vectors, and often a scale beside them: convert base and experts to bfloat16 "
+    "first, with their scales multiplied in."
+)
+"""The way out for what :func:`kind_of` calls ``float8``."""
 
 
 class Described(Mapping[str, Tensor]):
@@ -80,6 +88,8 @@ class LazyStateDict(Described):
         dtype = str(self._file.get_slice(name).get_dtype())
         if dtype.startswith("C"):
             return "complex"
+        if dtype.startswith(("F8", "F6", "F4")):
+            return "float8"
         return "floating" if dtype.startswith(("F", "BF")) else "integer"
 
     def dtype(self, name: str) -> str:
@@ -123,7 +133,8 @@ def dtype_of(state: StateDict, name: str) -> str:
 def kind_of(state: StateDict, name: str) -> str:
     """What one tensor holds: ``"floating"``, ``"integer"`` (or boolean), or what can't be merged.
 
-    The last are ``"complex"``, ``"sparse"``, ``"quantized"`` and ``"meta"`` (no values).
+    The last are ``"complex"``, ``"sparse"``, ``"quantized"``, ``"float8"`` (or narrower) and
+    ``"meta"`` (no values).
     """
     if isinstance(state, Described):
         return state.kind(name)
@@ -136,6 +147,8 @@ def kind_of(state: StateDict, name: str) -> str:
         return "quantized"
     if tensor.is_complex():
         return "complex"
+    if _is_narrow(tensor):
+        return "float8"
     return "floating" if tensor.is_floating_point() else "integer"
 
 
@@ -185,7 +198,16 @@ def check_compatible(base: StateDict, experts: Mapping[str, StateDict]) -> None:
         raise ValueError(
             "; ".join(problems)
             + ". Experts must be fine-tuned from this base; merge the backbone only."
+            + (f" {NARROW}" if _any_narrow([base, *experts.values()]) else "")
         )
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1
+
+
+def _any_narrow(states: Sequence[StateDict]) -> bool:
+    return any(kind_of(state, name) == "float8" for state in states for name in state)
 
 
 def _unmergeable(state: StateDict) -> dict[str, list[str]]:
@@ -215,7 +237,12 @@ def _torn_ties(ties: Mapping[str, str], expert: StateDict) -> list[str]:
 
 
 def check_finite(name: str, owner: str, tensor: Tensor) -> None:
-    """Raise a ``ValueError`` naming the tensor and its owner if it holds NaN or infinity."""
+    """Raise a ``ValueError`` naming the tensor and its owner if it holds NaN or infinity.
+
+    Or if it is of a float dtype so narrow that it cannot be computed with.
+    """
+    if _is_narrow(tensor):
+        raise ValueError(f"{owner}: parameter '{name}' is of {tensor.dtype}. {NARROW}")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ValueError(

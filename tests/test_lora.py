@@ -136,11 +136,16 @@ FACTORED = [
     Average(),
     Average(weights={"a": 3.0, "b": 1.0, "c": -1.0}),
     TaskArithmetic(scale=0.7),
+    TaskArithmetic(weights={"c": 2.0, "a": 1.0, "b": -1.0}, normalize=True),
     TSVMerge(),
     TSVMerge(convolutions="matrix", scale=0.9, split={"*.qkv.weight": 3}),
     TSVMerge(energy=0.9),
     IsoC(scale=1.2),
     IsoC(convolutions="matrix", split={"*.qkv.weight": 3}),
+    IsoCTS(scale=1.2),
+    IsoCTS(common_fraction=0.3, convolutions="matrix", split={"*.qkv.weight": 3}),
+    IsoCTS(common_fraction=0.0),
+    IsoCTS(common_fraction=1.0),
     TaskArithmetic(coefficients=(Coefficient(value=-0.5, task="b", pattern="*.a.*"),)),
     TSVMerge(exclude=("*.a.weight",), otherwise="base"),
 ]
@@ -155,12 +160,12 @@ def test_adapters_merge_as_their_dense_experts_without_forming_them(method, trio
     merged = merge_adapters(base, adapters, method)
     assert list(merged) == list(base)
     for name in base:
-        torch.testing.assert_close(merged[name], expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merged[name], expected[name], atol=1e-6, rtol=1e-6)
     matrices = {name for name in formed if base[name].ndim >= 2}
     assert matrices <= {"net.a.weight"} if method.exclude else not matrices
 
 
-@pytest.mark.parametrize("method", [TIES(), IsoCTS(), IsoC(rank_tol=0.0), DARE(density=0.5)])
+@pytest.mark.parametrize("method", [TIES(), IsoC(rank_tol=0.0), DARE(density=0.5)])
 def test_other_methods_take_the_dense_route(method, trio):
     base, adapters, dense = trio
     expected = method.merge(base, dense)

@@ -11,7 +11,7 @@ from torch import nn
 import lightning_merge.calibrating as calibrating
 from lightning_merge import ExpertPool, MergedModel, merge_experts
 from lightning_merge.correction import CorrectionOptions
-from lightning_merge.methods import Average, TaskArithmetic, TSVMerge
+from lightning_merge.methods import Average, OutputProjection, TaskArithmetic, TSVMerge
 from lightning_merge.networks import representation, split_state
 from lightning_merge.runtime import Runtime, memory_in_use
 from tests.networks import KINDS, MLP, make, tuned
@@ -340,3 +340,49 @@ def test_a_bar_names_every_parameter_and_the_memory():
         assert len(notes) == 10
         assert re.fullmatch(r"net\.0\.weight, \d+\.\d\d GiB", notes[0])
     assert memory_in_use() > 2**20
+
+
+class Scaled(nn.Module):
+    """Divides by a running deviation, which no name gives away as a statistic."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+        self.register_buffer("deviation", torch.ones(6))
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.fc(x) / self.deviation)
+
+
+def scaled_experts():
+    base = Scaled()
+    experts = {task: tuned(base, seed) for seed, task in enumerate("ab")}
+    for value, expert in zip((0.3, 0.6), experts.values(), strict=True):
+        expert.deviation.fill_(value)
+    return base, experts
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        TaskArithmetic(scale=2.0),
+        TSVMerge(scale=3.0),
+        OutputProjection(fallback=TaskArithmetic(scale=2.0)),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_floating_buffers_of_any_name_are_averaged(method, tmp_path):
+    base, experts = scaled_experts()
+    inputs = {task: torch.randn(20, 4) for task in experts}
+    pool = ExpertPool.create(tmp_path / "pool", base, "head")
+    for task, expert in experts.items():
+        pool.add(task, expert, calibration=inputs[task])
+    for source, rest in ((experts, {"base": base, "head": "head"}), (pool, {"module": base})):
+        model = merge_experts(source, method, inputs, **rest)
+        torch.testing.assert_close(model.network.deviation, torch.full((6,), 0.45))
+        if isinstance(method, TaskArithmetic):
+            assert model.report["fallback"]["average"]["names"] == ["deviation"]
+            assert model.record["method"]["init_args"]["buffers"] == ()

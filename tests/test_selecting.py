@@ -130,7 +130,7 @@ def test_the_base_is_found_where_experts_cancel():
 
 def test_the_first_of_equals_is_kept(setting):
     base, head, experts, inputs = setting
-    methods = [TaskArithmetic(scale=1 / 3), TaskArithmetic(scale=1 / 3, exclude=("nothing",))]
+    methods = [TaskArithmetic(scale=1 / 3), TaskArithmetic(scale=1 / 3, otherwise="base")]
     selection = select_merge(
         experts, methods, inputs, corrections=[FIXED, FIXED], base=base, head=head
     )

@@ -48,6 +48,7 @@ def test_kinds_that_cannot_be_merged():
         "complex": torch.zeros(1, dtype=torch.complex64),
         "sparse": torch.eye(2).to_sparse(),
         "meta": torch.zeros(1, device="meta"),
+        "float8": torch.zeros(1).to(torch.float8_e4m3fn),
     }
     for name in state:
         assert kind_of(state, name) == name
@@ -122,3 +123,8 @@ def test_check_finite():
         ValueError, match="expert 'x': parameter 'w' holds 2 non-finite values of 3"
     ):
         check_finite("w", "expert 'x'", torch.tensor([1.0, float("nan"), float("inf")]))
+
+
+def test_finite_values_of_eight_bits_are_an_error_too():
+    with pytest.raises(ValueError, match=r"the base: parameter 'w' is of torch.float8_e5m2.*conv"):
+        check_finite("w", "the base", torch.zeros(3).to(torch.float8_e5m2))

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_merge.functional.lora import sum_factors
+from lightning_merge.functional.lora import lora_factors, sum_factors
 from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.functional.spectral import Factors, leading_triplets, polar_and_values
 from lightning_merge.functional.task_arithmetic import summed
@@ -78,11 +77,31 @@ def iso_cts(
         task_vectors,
         size=total.numel(),
     )
-    everything = joined([*parts, common])
-    if not len(everything.values):
-        return torch.zeros_like(total)
-    flat = everything.values.mean().expand_as(everything.values)
-    return merge_factors([everything._replace(values=flat)], rcond=rcond)
+    return _whitened_flat([*parts, common], rcond)
+
+
+def iso_cts_of_factors(
+    ups: Sequence[Float[Tensor, "m _"]],
+    downs: Sequence[Float[Tensor, "_ n"]],
+    common_fraction: float,
+    *,
+    rank_tol: float = 1e-5,
+    rcond: float = 1e-6,
+) -> Float[Tensor, "m n"]:
+    """:func:`iso_cts` of low-rank task vectors, without forming them.
+
+    What lies outside the common left space is a product too, with the same right factor.
+    """
+    size = min(len(ups[0]), downs[0].shape[1])
+    own = task_rank(size, len(ups), common_fraction)
+    if own == 0:
+        return iso_c_of_factors(ups, downs, rank_tol)
+    common = sum_factors(ups, downs, rank_tol).truncated(size - own * len(ups))
+    parts = [
+        _factors_outside(up.double(), down.double(), common, own, rank_tol)
+        for up, down in zip(ups, downs, strict=True)
+    ]
+    return _whitened_flat([*parts, common], rcond)
 
 
 def task_rank(size: int, num_experts: int, common_fraction: float) -> int:
@@ -98,9 +117,32 @@ def task_rank(size: int, num_experts: int, common_fraction: float) -> int:
 
 def _outside(task_vector: Tensor, common: Factors, rank: int, rank_tol: float) -> Factors:
     wide = task_vector.double()
-    rest = wide - common.left @ (common.left.t() @ wide)
+    rest = _beside(wide, common)
     # what is left of a task vector inside the common space is rounding, however large it looks
     # beside a rest of zero
     if float(rest.norm()) <= rank_tol * float(wide.norm()):
         return Factors(rest[:, :0], rest.new_zeros(0), rest[:0])
     return leading_triplets(rest, rank, rank_tol)
+
+
+def _factors_outside(
+    up: Tensor, down: Tensor, common: Factors, rank: int, rank_tol: float
+) -> Factors:
+    rest = lora_factors(_beside(up, common), down, rank_tol)
+    whole = lora_factors(up, down, rank_tol)
+    is_rounding = float(rest.values.norm()) <= rank_tol * float(whole.values.norm())
+    return rest.truncated(0 if is_rounding else rank)
+
+
+def _beside(columns: Tensor, common: Factors) -> Tensor:
+    """Columns without their part in the common left space."""
+    return columns - common.left @ (common.left.t() @ columns)
+
+
+def _whitened_flat(factors: Sequence[Factors], rcond: float) -> Tensor:
+    """The joint factors, whitened on both sides, all with the mean of their singular values."""
+    everything = joined(factors)
+    if not len(everything.values):
+        return everything.left.new_zeros(len(everything.left), everything.right.shape[1])
+    flat = everything.values.mean().expand_as(everything.values)
+    return merge_factors([everything._replace(values=flat)], rcond=rcond)

@@ -89,8 +89,14 @@ def sign_consensus(
     combine: Combine = "mean",
     zero_sign: ZeroSign = "majority",
     majority: Callable[[], float] | None = None,
+    weights: Float[Tensor, " experts"] | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Elect signs and merge what has them: Sections 4.2 and 4.3.
+    r"""Elect signs and merge what has them: Sections 4.2 and 4.3.
+
+    With weights the sign is that of :math:`\sum_t w_t\hat\tau_t`, and the mean over the task
+    vectors :math:`\mathcal A` that have it is
+
+    .. math:: \sum_{t\in\mathcal A} w_t\,\hat\tau_t \Big/ \sum_{t\in\mathcal A} w_t
 
     Args:
         trimmed: Trimmed task vectors of one parameter; zeros take no part.
@@ -98,17 +104,18 @@ def sign_consensus(
         zero_sign: The sign where task vectors cancel exactly.
         majority: Gives the sign of most entries, asked only where task vectors cancel; by default
             that of this parameter.
+        weights: Of the experts, at least 0; all alike by default.
 
     Example:
         >>> sign_consensus(torch.tensor([[2.0, 1.0, 0.0], [-1.0, 3.0, 0.0]]))
         tensor([2., 2., 0.])
     """
     flat = trimmed.reshape(len(trimmed), -1)
-    majority = cache(majority or (lambda: majority_sign(flat)))
+    majority = cache(majority or (lambda: majority_sign(flat, weights)))
     merged = torch.empty_like(flat[0])
     for start in range(0, flat.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
-        merged[part] = block_consensus(flat[:, part], combine, zero_sign, majority)
+        merged[part] = block_consensus(flat[:, part], combine, zero_sign, majority, weights=weights)
     return merged.view(trimmed.shape[1:])
 
 
@@ -118,6 +125,7 @@ def block_consensus(
     zero_sign: ZeroSign,
     majority: Callable[[], float],
     room: Room | None = None,
+    weights: Float[Tensor, " experts"] | None = None,
 ) -> Float[Tensor, " n"]:
     """What :func:`sign_consensus` does to a block that fits into the cache, of n > 0 entries.
 
@@ -126,10 +134,11 @@ def block_consensus(
     # Products and sums in the cache are on the CPU several times as fast as masks. Where the sum
     # is zero the sign is plus for now: nothing agrees with it unless task vectors cancel there.
     room = room or Room(len(trimmed), trimmed.shape[1], trimmed)
+    trimmed = _weighted(trimmed, weights)
     total, sides, _, _ = room.narrow(trimmed.shape[1])
     torch.sum(trimmed, 0, out=total)
     torch.copysign(room.one, total, out=sides)
-    chosen = _of_side(trimmed, sides, combine, room).mul_(sides)
+    chosen = _of_side(trimmed, sides, combine, room, weights).mul_(sides)
     if zero_sign == "positive":
         return chosen
     summed = total.sign_().abs_()
@@ -140,21 +149,35 @@ def block_consensus(
         columns = cancelled.nonzero().squeeze(1)
         few = trimmed[:, columns]
         minus = torch.full_like(few[0], -1.0)
-        chosen[columns] = sign * _of_side(few, minus, combine, Room(len(few), few.shape[1], few))
+        few_room = Room(len(few), few.shape[1], few)
+        chosen[columns] = sign * _of_side(few, minus, combine, few_room, weights)
     return chosen
 
 
-def _of_side(trimmed: Tensor, sides: Tensor, combine: Combine, room: Room) -> Tensor:
-    """Mean, sum or maximum of the magnitudes of the entries that have the sign of their column."""
+def _of_side(
+    trimmed: Tensor, sides: Tensor, combine: Combine, room: Room, weights: Tensor | None
+) -> Tensor:
+    """Mean, sum or maximum of the magnitudes of the entries that have the sign of their column.
+
+    They have been multiplied by the weights, of which a mean needs the sum as well.
+    """
     size = trimmed.shape[1]
     _, _, chosen, number = room.narrow(size)
     agreeing = torch.mul(trimmed, sides, out=room.wide(size)[1]).relu_()
     if combine == "max":
         return torch.amax(agreeing, 0, out=chosen)
     torch.sum(agreeing, 0, out=chosen)
-    if combine == "mean":
+    if combine == "mean" and weights is None:
         chosen.div_(torch.sum(agreeing.sign_(), 0, out=number).clamp_(min=1))
+    elif combine == "mean":
+        assert weights is not None
+        torch.mv(agreeing.sign_().t(), weights.to(agreeing), out=number)
+        chosen.div_(number.clamp_(min=torch.finfo(number.dtype).tiny))
     return chosen
+
+
+def _weighted(trimmed: Tensor, weights: Tensor | None) -> Tensor:
+    return trimmed if weights is None else trimmed * weights.to(trimmed)[:, None]
 
 
 def combined(
@@ -164,17 +187,22 @@ def combined(
     return task_vectors.sum(dim=0) if combine == "sum" else sign_consensus(task_vectors)
 
 
-def majority_sign(trimmed: Float[Tensor, "experts *shape"]) -> float:
+def majority_sign(
+    trimmed: Float[Tensor, "experts n"], weights: Float[Tensor, " experts"] | None = None
+) -> float:
     """Sign that most entries elect: -1, 1, or 0 if as many are positive as negative."""
-    return float(elect(trimmed).sum(dtype=torch.float64).sign())
+    return float(elect(trimmed, weights).sum(dtype=torch.float64).sign())
 
 
-def elect(trimmed: Float[Tensor, "experts *shape"]) -> Float[Tensor, "*shape"]:
+def elect(
+    trimmed: Float[Tensor, "experts n"], weights: Float[Tensor, " experts"] | None = None
+) -> Float[Tensor, " n"]:
     r"""Elect the sign of every entry: that of the larger total magnitude (Section 4.2).
 
-    .. math:: \gamma_j = \operatorname{sgn}\big(\sum_t \hat\tau_{t,j}\big)
+    .. math:: \gamma_j = \operatorname{sgn}\big(\sum_t w_t\,\hat\tau_{t,j}\big)
 
     Args:
         trimmed: Trimmed task vectors. Where they cancel exactly, the sign is 0.
+        weights: Of the experts; all one by default.
     """
-    return trimmed.sum(dim=0).sign()
+    return _weighted(trimmed, weights).sum(dim=0).sign()

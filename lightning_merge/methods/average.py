@@ -12,6 +12,7 @@ from lightning_merge.functional.average import average
 from lightning_merge.functional.lora import sum_of_products
 from lightning_merge.functional.task_arithmetic import add_update
 from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.checks import in_order
 from lightning_merge.methods.walk import LinearMerge
 from lightning_merge.states import StateDict
 
@@ -19,7 +20,11 @@ from lightning_merge.states import StateDict
 @final
 @dataclass(frozen=True, kw_only=True)
 class Average(WeightMethod):
-    """Averages the experts; the base does not enter."""
+    """Averages the experts; the base does not enter.
+
+    So experts that all equal the base give it up to the rounding of the sum, in float32 or wider,
+    where methods of task vectors give its bits: comparing with the base would cost a pass.
+    """
 
     weights: dict[str, float] | None = None
     """Weight of each expert by task, divided by their sum; null: all alike."""
@@ -38,14 +43,7 @@ class Average(WeightMethod):
         """Check that the weights name the experts, and bring them into their order."""
         if self.weights is None:
             return self
-        missing = [task for task in experts if task not in self.weights]
-        unknown = [task for task in self.weights if task not in experts]
-        if missing or unknown:
-            raise ValueError(
-                f"weights must name every expert once: {', '.join(experts)}; "
-                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}."
-            )
-        return replace(self, weights={task: self.weights[task] for task in experts})
+        return replace(self, weights=in_order(self.weights, experts))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""

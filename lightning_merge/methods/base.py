@@ -1,6 +1,7 @@
 """The two kinds of merging methods: from weights alone, and from weights and calibration data."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,11 +15,20 @@ from lightning_merge.functional.average import average
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.low_rank import low_rank_factors
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment
-from lightning_merge.methods.rules import Coefficient, check_rules, coefficients_of, matches
+from lightning_merge.methods.rules import (
+    Coefficient,
+    check_patterns,
+    check_rules,
+    coefficients_of,
+    matches,
+    warn_of_idle,
+)
+from lightning_merge.methods.unmoved import listed_again, unmoved
 from lightning_merge.methods.walk import (
     BlockMerge,
     LinearMerge,
     RowMerge,
+    integers,
     map_blocks,
     map_linear,
     parameter_rows,
@@ -71,6 +81,13 @@ class WeightMethod(MergeMethod):
     coefficients: tuple[Coefficient, ...] = ()
     """Factors of the task vectors by layer, block or task; the first rule that matches counts."""
 
+    buffers: tuple[str, ...] = ()
+    """Shell patterns of floating buffers: averaged, as running_mean and running_var always are.
+    A merge of modules adds all that they have."""
+
+    on_buffer_mismatch: Literal["base", "first", "error"] = "base"
+    """Integer and boolean buffers that differ: the base's, the first expert's, or an error."""
+
     def merge(self, base: StateDict, experts: Mapping[str, StateDict]) -> dict[str, Tensor]:
         """Merge the experts into one state dict with the base's keys, shapes and dtypes.
 
@@ -84,7 +101,7 @@ class WeightMethod(MergeMethod):
 
         Raises:
             ValueError: If keys or shapes differ from the base's, a value is not finite, or a rule
-                names no parameter; the message names the expert and the parameter.
+                or pattern matches no parameter; the message names the expert and the parameter.
         """
         return dict(self.stream(base, experts))
 
@@ -93,7 +110,9 @@ class WeightMethod(MergeMethod):
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield what :meth:`merge` returns, one named tensor after the other."""
         check_compatible(base, experts)
-        check_rules(tuple(experts), tuple(base), self.coefficients)
+        self.check_names(tuple(base), tuple(experts))
+        for message in unmoved(tuple(experts), listed_again(base, experts)) if base else ():
+            warnings.warn(message, stacklevel=3)
         method = self.bind(base, experts)
         ties = tied_names(base)
         shared: dict[str, Tensor] = {}
@@ -106,12 +125,31 @@ class WeightMethod(MergeMethod):
                 shared[name] = merged
             yield name, merged
 
+    def check_names(self, names: Sequence[str], tasks: Sequence[str]) -> None:
+        """Check that every pattern matches a parameter, and every task is an expert.
+
+        Args:
+            names: Those of the base.
+            tasks: Those of the experts.
+
+        Raises:
+            ValueError: If one does not. A pattern that excludes nothing is a warning.
+        """
+        check_rules(tasks, names, self.coefficients)
+        check_patterns(names, self.patterns())
+        warn_of_idle(names, self.exclude)
+
+    def patterns(self) -> dict[str, Sequence[str]]:
+        """Patterns of names by option, each of which must match."""
+        return {"include": self.include, "buffers": self.buffers}
+
     def treatment(self, name: str, kind: str) -> Treatment:
         """What an entry gets: the method, the average, or the base's value.
 
-        Integer and boolean buffers are the base's. Running statistics are averaged and never
-        extrapolated, so that variances stay non-negative. Of the rest, what ``include`` and
-        ``exclude`` select goes through the method.
+        Integer and boolean buffers are the base's (``on_buffer_mismatch`` looks at their values).
+        Running statistics, and what ``buffers`` names, are averaged and never extrapolated, so
+        that variances stay non-negative. Of the rest, what ``include`` and ``exclude`` select
+        goes through the method.
 
         Args:
             name: The entry's name.
@@ -119,7 +157,7 @@ class WeightMethod(MergeMethod):
         """
         if kind != "floating":
             return "base"
-        if name.rpartition(".")[2] in STATISTIC_SUFFIXES:
+        if name.rpartition(".")[2] in STATISTIC_SUFFIXES or matches(name, self.buffers):
             return "average"
         chosen = matches(name, self.include) and not matches(name, self.exclude)
         return "method" if chosen else self.otherwise
@@ -252,7 +290,9 @@ class WeightMethod(MergeMethod):
         treatment = self.treatment(name, "floating" if value.is_floating_point() else "integer")
         if treatment == "base":
             check_finite(name, "the base", value)
-            return value.clone()
+            if value.is_floating_point():
+                return value.clone()
+            return integers(name, value, experts, self.on_buffer_mismatch)
         if treatment == "average":
             stacked = stack_parameter(name, value, experts, [1.0] * len(experts))
             return self.average_tensor(stacked).to(value.dtype)

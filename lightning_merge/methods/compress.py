@@ -1,6 +1,7 @@
 """TSVCompress: all experts as low-rank updates in one file, any of them rebuilt on demand."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -11,8 +12,9 @@ from torch import Tensor
 from lightning_merge.functional.spectral import leading_triplets
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.matrices import Convolutions, is_matrix
-from lightning_merge.methods.stored import StoredExperts
-from lightning_merge.states import StateDict, check_compatible, check_finite
+from lightning_merge.methods.stored import StoredExperts, is_statistic, whole_entries
+from lightning_merge.methods.walk import parameter_rows
+from lightning_merge.states import StateDict, check_compatible, shape_of, tied_names
 
 
 @final
@@ -38,31 +40,42 @@ class TSVCompress:
     ) -> "CompressedExperts":
         """Compress the experts into one safetensors file and open it.
 
-        A matrix is stored by factors where they are smaller, everything else as it is.
+        A matrix is stored by factors where they are smaller, everything else as it is, all in the
+        base's dtype. Names that the base ties are stored once.
 
         Raises:
             ValueError: If the experts do not fit the base, or a value is not finite.
         """
         check_compatible(base, experts)
         tensors: dict[str, Tensor] = {}
-        for name in base:
-            for index, (task, expert) in enumerate(experts.items()):
-                check_finite(name, f"expert '{task}'", expert[name])
-                parts = self._parts(base[name].detach(), expert[name].detach(), len(experts))
-                tensors |= {f"{index}/{part}/{name}": value for part, value in parts.items()}
-        CompressedExperts.write(path, tensors, experts)
+        ties = tied_names(base)
+        for name in (name for name in base if name not in ties):
+            rank = self._rank(name, base, len(experts))
+            if rank == 0:
+                tensors |= whole_entries(name, base, experts)
+                continue
+            origin = base[name].detach()
+            for index, vector in enumerate(_matrices(name, origin, experts)):
+                parts = leading_triplets(vector, rank)._asdict()
+                tensors |= {f"{index}/{k}/{name}": v.to(origin.dtype) for k, v in parts.items()}
+        CompressedExperts.write(path, tensors, base, experts)
         return CompressedExperts(path)
 
-    def _parts(self, base: Tensor, expert: Tensor, num_experts: int) -> dict[str, Tensor]:
-        if not base.is_floating_point() or not is_matrix(base.shape, self.convolutions):
-            return {"whole": expert.clone()}
-        update = task_vectors_of(base, expert[None])[0].flatten(1)
-        size = min(update.shape)
+    def _rank(self, name: str, base: StateDict, num_experts: int) -> int:
+        """Triplets to keep of one parameter; 0: it is stored whole."""
+        shape = shape_of(base, name)
+        if is_statistic(name, base) or not is_matrix(shape, self.convolutions):
+            return 0
+        rows, columns = _matrix_shape(shape)
+        size = min(rows, columns)
         rank = min(size, self.rank or max(1, size // num_experts))
-        if rank * (sum(update.shape) + 1) >= update.numel():
-            return {"whole": expert.clone()}
-        factors = leading_triplets(update, rank)
-        return {part: value.to(base.dtype) for part, value in factors._asdict().items()}
+        return 0 if rank * (rows + columns + 1) >= rows * columns else rank
+
+
+def _matrices(name: str, base: Tensor, experts: Mapping[str, StateDict]) -> Iterator[Tensor]:
+    """Task vectors of one parameter as matrices, one by one, in float32 or wider."""
+    for row in parameter_rows(name, base, experts, [1.0] * len(experts)):
+        yield task_vectors_of(base, row[None])[0].flatten(1)
 
 
 @final
@@ -77,8 +90,6 @@ class CompressedExperts(StoredExperts):
     WRITER = "TSVCompress"
 
     def _rebuild(self, index: int, name: str, base: Tensor) -> Tensor:
-        if f"{index}/whole/{name}" in self._file:
-            return self._file[f"{index}/whole/{name}"].clone()
         parts = [f"{index}/{part}/{name}" for part in ("left", "values", "right")]
         if parts[0] not in self._file:
             raise ValueError(
@@ -86,10 +97,15 @@ class CompressedExperts(StoredExperts):
             )
         dtype = torch.promote_types(base.dtype, torch.float32)
         left, values, right = (self._file[part].to(base.device, dtype) for part in parts)
-        update = (left * values) @ right
-        if update.numel() != base.numel():
+        if (len(left), right.shape[1]) != _matrix_shape(base.shape):
             raise ValueError(
-                f"{self._file.path}: '{name}' has {update.numel()} entries, the base has "
-                f"{base.numel()}. Rebuild with the base it was made from."
+                f"{self._file.path}: '{name}' is a matrix {len(left)} x {right.shape[1]}, the base "
+                f"has shape {tuple(base.shape)}. Rebuild with the base it was made from."
             )
+        update = (left * values) @ right
         return (base.to(dtype) + update.view(base.shape)).to(base.dtype)
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Of a parameter as a matrix, ``(out, in * kh * kw)`` for a kernel."""
+    return (shape[0] if shape else 1), math.prod(shape[1:])

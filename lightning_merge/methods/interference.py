@@ -21,6 +21,7 @@ from lightning_merge.methods.base import MergeMethod, WeightMethod
 from lightning_merge.methods.layers import group_names
 from lightning_merge.methods.outcome import PlannedTreatment
 from lightning_merge.methods.plan import PlannedParameter, plan, plan_plainly, treatments
+from lightning_merge.methods.unmoved import unmoved
 from lightning_merge.methods.walk import stack_parameter
 from lightning_merge.states import STATISTIC_SUFFIXES, StateDict
 
@@ -162,13 +163,7 @@ class MergeReport:
         """A message for each expert that is the base, or one if all of them are."""
         norms = self.total()["norms"]
         same = [task for task, norm in zip(self.tasks, norms, strict=True) if norm == 0]
-        if len(same) == len(self.tasks):
-            return ["no expert differs from the base, so the merge is the base itself."]
-        return [
-            f"expert '{task}' is the base itself: all it adds is its weight in averages. Leave it "
-            "out, unless the base is to take part."
-            for task in same
-        ]
+        return unmoved(self.tasks, same)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a manifest, of bounded size; :meth:`table` has everything."""

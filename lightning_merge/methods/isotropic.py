@@ -6,7 +6,12 @@ from typing import final
 
 from torch import Tensor
 
-from lightning_merge.functional.isotropic import iso_c, iso_c_of_factors, iso_cts
+from lightning_merge.functional.isotropic import (
+    iso_c,
+    iso_c_of_factors,
+    iso_cts,
+    iso_cts_of_factors,
+)
 from lightning_merge.methods.checks import check_range
 from lightning_merge.methods.matrix_method import MatrixMethod
 
@@ -64,6 +69,18 @@ class IsoCTS(MatrixMethod):
         return iso_cts(
             task_vectors,
             common_fraction=self.common_fraction,
+            rank_tol=self.rank_tol,
+            rcond=self.rcond,
+        )
+
+    def merge_factors(self, ups: Sequence[Tensor], downs: Sequence[Tensor]) -> Tensor | None:
+        """The sum, the rest outside the common space and the whitening, all by factors."""
+        if self.rank_tol == 0:
+            return None  # arbitrary directions beyond the rank: those of the dense decomposition
+        return iso_cts_of_factors(
+            ups,
+            downs,
+            self.common_fraction,
             rank_tol=self.rank_tol,
             rcond=self.rcond,
         )

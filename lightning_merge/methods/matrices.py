@@ -80,9 +80,22 @@ def check_split(split: Mapping[str, int]) -> None:
 def warn_of_small(names: list[str], num_experts: int, method: str) -> None:
     """Say once which matrices are too small for a direction of every expert."""
     if names:
-        shown = ", ".join(names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")
         warnings.warn(
             f"{method}: {len(names)} matrices have fewer rows or columns than the {num_experts} "
-            f"experts, so no direction is left for each; they get the mean: {shown}.",
+            f"experts, so no direction is left for each; they get the mean: {_shown(names)}.",
             stacklevel=4,
         )
+
+
+def warn_of_capped(names: list[str], rank: int, method: str) -> None:
+    """Say once in which matrices the experts cannot have this many directions each."""
+    if names:
+        warnings.warn(
+            f"{method}: rank {rank} is more than min(m, n) // T of {len(names)} matrices, which "
+            f"use that: {_shown(names)}.",
+            stacklevel=4,
+        )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")

@@ -39,6 +39,10 @@ class MatrixMethod(WeightMethod):
         """The same from factors ``(m, rank)`` and ``(rank, n)``; None: the products are needed."""
         return None
 
+    def patterns(self) -> dict[str, Sequence[str]]:
+        """See ``WeightMethod.patterns``."""
+        return {**super().patterns(), "split": tuple(self.split)}
+
     def takes_mean(self, name: str, shape: tuple[int, ...], num_experts: int) -> bool:
         """What is no matrix."""
         return not is_matrix(shape, self.convolutions)

@@ -7,7 +7,7 @@ from typing import final
 
 from lightning_merge.methods.base import CalibratedMethod, WeightMethod
 from lightning_merge.methods.outcome import PlannedTreatment
-from lightning_merge.methods.rules import check_rules, coefficients_of
+from lightning_merge.methods.rules import coefficients_of
 from lightning_merge.states import (
     StateDict,
     check_compatible,
@@ -54,7 +54,7 @@ def plan(
     Raises:
         ValueError: As ``method.merge`` would for keys, shapes, kinds and rules that do not fit.
     """
-    check_rules(tuple(experts), tuple(base), method.coefficients)
+    method.check_names(tuple(base), tuple(experts))
     planned = plan_plainly(base, experts)
     found = treatments(method, planned, len(experts))
     return [

@@ -1,7 +1,8 @@
 """Which parameters a method applies to, and with what coefficient: patterns of names."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
@@ -61,12 +62,37 @@ def check_rules(tasks: Sequence[str], names: Sequence[str], rules: Sequence[Coef
         if rule.task is not None and rule.task not in tasks
     ]
     problems += [
-        f"pattern '{rule.pattern}' matches no parameter"
-        for rule in rules
-        if not any(fnmatchcase(name, rule.pattern) for name in names)
+        f"pattern '{pattern}' matches no parameter"
+        for pattern in idle(names, [rule.pattern for rule in rules])
     ]
     if problems:
         raise ValueError("coefficients: " + "; ".join(problems) + ". Correct or remove the rule.")
+
+
+def check_patterns(names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> None:
+    """Raise a ``ValueError`` naming every pattern, by option, that matches no parameter."""
+    problems = [
+        f"{option}: pattern '{pattern}' matches no parameter"
+        for option, given in patterns.items()
+        for pattern in idle(names, given)
+    ]
+    if problems and names:
+        shown = ", ".join(names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")
+        raise ValueError(
+            f"{'; '.join(problems)}. Correct or remove the pattern; parameters are: {shown}."
+        )
+
+
+def warn_of_idle(names: Sequence[str], exclude: Sequence[str]) -> None:
+    """Say which patterns exclude nothing: harmless where a model lacks a part, or a slip."""
+    if found := idle(names, exclude):
+        shown = ", ".join(f"'{pattern}'" for pattern in found)
+        warnings.warn(f"exclude: no parameter matches {shown}; nothing is left out.", stacklevel=5)
+
+
+def idle(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Patterns that match none of the names."""
+    return [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
 
 
 def _coefficient(name: str, task: str, rules: Sequence[Coefficient]) -> float:

@@ -1,6 +1,6 @@
 """Slerp: the great circle between two experts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -37,6 +37,10 @@ class Slerp(WeightMethod):
         check_range("position", self.position, 0.0, 1.0)
         for pattern, position in self.positions.items():
             check_range(f"position of '{pattern}'", position, 0.0, 1.0)
+
+    def patterns(self) -> dict[str, Sequence[str]]:
+        """See ``WeightMethod.patterns``."""
+        return {**super().patterns(), "positions": tuple(self.positions)}
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
         """Check that there are two experts."""

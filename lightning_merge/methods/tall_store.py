@@ -11,14 +11,9 @@ from torch import Tensor
 
 from lightning_merge.functional.tall import pack_mask, tall_masks, unpack_mask
 from lightning_merge.functional.task_arithmetic import task_vectors_of
-from lightning_merge.methods.stored import StoredExperts
+from lightning_merge.methods.stored import StoredExperts, is_statistic, whole_entries
 from lightning_merge.methods.walk import stack_parameter
-from lightning_merge.states import (
-    STATISTIC_SUFFIXES,
-    StateDict,
-    check_compatible,
-    kind_of,
-)
+from lightning_merge.states import StateDict, check_compatible, tied_names
 
 
 @final
@@ -26,7 +21,8 @@ from lightning_merge.states import (
 class TALLCompress:
     """Keeps of all experts the sum of their task vectors, and of each a mask (arXiv:2405.07813).
 
-    The file is as large as one expert, plus a bit for each of its entries and each task.
+    The file is as large as the base, in whose dtype the sum is, plus a bit for each of its entries
+    and each task.
     """
 
     threshold: float = 0.4
@@ -34,6 +30,9 @@ class TALLCompress:
 
     thresholds: dict[str, float] = field(default_factory=dict)
     """κ of single tasks, instead of ``threshold``."""
+
+    buffers: tuple[str, ...] = ()
+    """Shell patterns of floating buffers, stored whole as running_mean and running_var are."""
 
     def __post_init__(self) -> None:
         for kappa in (self.threshold, *self.thresholds.values()):
@@ -46,7 +45,7 @@ class TALLCompress:
         """Write the vector and the masks into one safetensors file and open it.
 
         Integers and running statistics are stored whole for every task: a masked sum of variances
-        could be negative.
+        could be negative. Names that the base ties are stored once.
 
         Raises:
             ValueError: If the experts do not fit the base, a value is not finite, or a threshold
@@ -60,19 +59,20 @@ class TALLCompress:
             )
         kappa = torch.tensor([self.thresholds.get(task, self.threshold) for task in experts])
         tensors: dict[str, Tensor] = {}
-        for name in base:
-            if _is_whole(base, name):
-                rows = (expert[name].detach().clone() for expert in experts.values())
-                tensors |= {f"{i}/whole/{name}": value for i, value in enumerate(rows)}
+        ties = tied_names(base)
+        for name in (name for name in base if name not in ties):
+            if is_statistic(name, base, self.buffers):
+                tensors |= whole_entries(name, base, experts)
                 continue
             origin = base[name].detach()
             stacked = stack_parameter(name, origin, experts, [1.0] * len(experts))
             vectors = task_vectors_of(origin, stacked)
             total = vectors.sum(dim=0)
-            tensors[f"sum/{name}"] = total
+            # rounded as the base is, it loses less than the rebuilt expert's own rounding does
+            tensors[f"sum/{name}"] = total.to(origin.dtype)
             masks = tall_masks(vectors, total, kappa)
             tensors |= {f"{i}/mask/{name}": pack_mask(mask) for i, mask in enumerate(masks)}
-        MaskedExperts.write(path, tensors, experts)
+        MaskedExperts.write(path, tensors, base, experts)
         return MaskedExperts(path)
 
 
@@ -96,19 +96,13 @@ class MaskedExperts(StoredExperts):
         return kept / max(1, size)
 
     def _rebuild(self, index: int, name: str, base: Tensor) -> Tensor:
-        if f"{index}/whole/{name}" in self._file:
-            return self._file[f"{index}/whole/{name}"].clone()
         if f"sum/{name}" not in self._file or self._file.shape(f"sum/{name}") != base.shape:
             raise ValueError(
                 f"{self._file.path}: no parameter '{name}' of shape {tuple(base.shape)}. Rebuild "
                 "with the base it was made from."
             )
-        total = self._file[f"sum/{name}"]
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        total = self._file[f"sum/{name}"].to(dtype)
         mask = unpack_mask(self._file[f"{index}/mask/{name}"], tuple(base.shape))
         update = torch.where(mask, total, 0.0).to(base.device)
-        return (base.to(update.dtype) + update).to(base.dtype)
-
-
-def _is_whole(base: StateDict, name: str) -> bool:
-    statistic = name.rpartition(".")[2] in STATISTIC_SUFFIXES
-    return statistic or kind_of(base, name) != "floating"
+        return (base.to(dtype) + update).to(base.dtype)

@@ -1,7 +1,8 @@
 """Task arithmetic: the base plus the scaled sum of the task vectors."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from lightning_merge.functional.lora import sum_of_products
 from lightning_merge.functional.task_arithmetic import add_update, task_arithmetic
 from lightning_merge.methods.base import WeightMethod
-from lightning_merge.methods.checks import check_scale
+from lightning_merge.methods.checks import check_scale, in_order
 from lightning_merge.methods.walk import LinearMerge
+from lightning_merge.states import StateDict
 
 
 @final
@@ -22,12 +24,32 @@ class TaskArithmetic(WeightMethod):
     scale: float = 0.3
     """Coefficient λ shared by all task vectors; dimensionless, in [0, 1] in the paper."""
 
+    weights: dict[str, float] | None = None
+    """Weight of each expert by task, of any sign; null: one each."""
+
+    normalize: bool = False
+    """Divide by the sum of the weights: with scale 1 and without weights, the average."""
+
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        weights = self.weights or {}
+        if not all(math.isfinite(weight) for weight in weights.values()):
+            raise ValueError(f"weights must be finite numbers, found {weights}.")
+        if weights and self.normalize and abs(sum(weights.values())) < 1e-8:
+            raise ValueError(
+                f"normalize divides by the sum of the weights, which is zero: {weights}. Change "
+                "them, or leave normalize out."
+            )
+
+    def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> "TaskArithmetic":
+        """Check that the weights name the experts, and bring them into their order."""
+        if self.weights is None:
+            return self
+        return replace(self, weights=in_order(self.weights, experts))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return task_arithmetic(base, experts, self._vector(len(experts)))
+        return task_arithmetic(base, experts, self.scale * self._shares(len(experts)))
 
     def linear_merge(self, name: str) -> LinearMerge:
         """See ``WeightMethod.linear_merge``."""
@@ -37,15 +59,19 @@ class TaskArithmetic(WeightMethod):
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
     ) -> Tensor:
         """The factors side by side; see ``WeightMethod.merge_low_rank``."""
-        update = sum_of_products(ups, downs, [1.0] * len(ups))
+        update = sum_of_products(ups, downs, self._shares(len(ups)).tolist())
         return add_update(base, update.view(base.shape), self.scale)
 
     def _write(self, merged: Tensor, base: Tensor, experts: Sequence[Tensor]) -> None:
         fits = experts[0].dtype == merged.dtype and merged.dtype.itemsize >= 4
-        coefficients = self._vector(len(experts))
+        coefficients = self.scale * self._shares(len(experts))
         result = task_arithmetic(base, experts, coefficients, out=merged if fits else None)
         if not fits:
             merged.copy_(result)
 
-    def _vector(self, num_experts: int) -> Tensor:
-        return torch.full((num_experts,), self.scale, dtype=torch.float64)
+    def _shares(self, num_experts: int) -> Tensor:
+        if self.weights is None:
+            weights = torch.ones(num_experts, dtype=torch.float64)
+        else:
+            weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
+        return weights / weights.sum() if self.normalize else weights

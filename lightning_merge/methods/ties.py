@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal, NamedTuple, final
 
@@ -27,7 +27,7 @@ from lightning_merge.functional.ties import (
 )
 from lightning_merge.methods.base import TaskVectorReader, WeightMethod
 from lightning_merge.methods.blocks import MergeThinned, in_blocks
-from lightning_merge.methods.checks import check_density, check_scale
+from lightning_merge.methods.checks import check_density, check_scale, in_order
 from lightning_merge.methods.rules import coefficients_of
 from lightning_merge.methods.walk import BlockMerge, map_blocks
 from lightning_merge.states import StateDict, shape_of
@@ -75,12 +75,19 @@ class TIES(WeightMethod):
     count: Count = "round"
     """How many entries a density is: rounded, rounded down, or as the authors' code (one more)."""
 
+    weights: dict[str, float] | None = None
+    """Weight of each expert by task, at least 0, in the election and the mean; null: all alike."""
+
     def __post_init__(self) -> None:
         check_density(self.density)
         check_scale(self.scale)
+        if self.weights is not None:
+            self._check_weights(list(self.weights.values()))
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
         """Find the cuts of the scope in passes of their own, so that the merge can go by blocks."""
+        if self.weights is not None and list(self.weights) != list(experts):
+            return replace(self, weights=in_order(self.weights, experts)).bind(base, experts)
         model = _Model(self, base, experts)
         # by name: a file keeps its tensors in another order than the model it was written from,
         # and of entries that tie for the last place the first ones stay
@@ -95,7 +102,23 @@ class TIES(WeightMethod):
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, trimmed on its own: the scope ``tensor``."""
         trimmed = trim(task_vectors_of(base, experts), self.density, self.count)
-        return add_update(base, sign_consensus(trimmed, self.combine, self.zero_sign), self.scale)
+        update = sign_consensus(trimmed, self.combine, self.zero_sign, weights=self.weight_vector())
+        return add_update(base, update, self.scale)
+
+    def weight_vector(self) -> Tensor | None:
+        """The weights in the order they are given in, or None: all alike."""
+        if self.weights is None:
+            return None
+        return torch.tensor(list(self.weights.values()), dtype=torch.float64)
+
+    def _check_weights(self, weights: Sequence[float]) -> None:
+        if not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0:
+            raise ValueError(
+                "weights must be finite, at least 0, and not all 0; a negative coefficient turns "
+                f"a task vector round (forgetting). Found {self.weights}."
+            )
+        if self.combine == "max":
+            raise ValueError("weights have no part in combine: max; use coefficients there.")
 
     def _merger(self, model: "_Model", scope: list[str], name: str) -> BlockMerge:
         cuts = model.cuts(scope)
@@ -107,7 +130,8 @@ class TIES(WeightMethod):
     def _merge_trimmed(
         self, majority: Callable[[], float], base: Tensor, trimmed: Tensor, room: Room
     ) -> Tensor:
-        update = block_consensus(trimmed, self.combine, self.zero_sign, majority, room)
+        weights = self.weight_vector()
+        update = block_consensus(trimmed, self.combine, self.zero_sign, majority, room, weights)
         return add_update(base, update, self.scale)
 
 
@@ -132,8 +156,8 @@ def _blockwise(cuts: Sequence[_Cut], merge: MergeThinned) -> BlockMerge:
     return in_blocks(lambda _, start, size: _Trim(cuts, start, size), merge)
 
 
-def _elected(base: Tensor, trimmed: Tensor, room: Room) -> Tensor:
-    return elect(trimmed)
+def _elected(weights: Tensor | None, base: Tensor, trimmed: Tensor, room: Room) -> Tensor:
+    return elect(trimmed, weights)
 
 
 @dataclass(frozen=True)
@@ -183,7 +207,7 @@ class _Model:
         total = 0.0
         for name in names:
             signs = map_blocks(
-                _blockwise(cuts[name], _elected),
+                _blockwise(cuts[name], partial(_elected, self.method.weight_vector())),
                 name,
                 self.base[name].detach(),
                 self.experts,

@@ -13,7 +13,7 @@ from lightning_merge.functional.task_arithmetic import summed
 from lightning_merge.functional.tsv import energy_rank, merge_factors, tsv_merge
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_range
-from lightning_merge.methods.matrices import is_matrix, parts_of, warn_of_small
+from lightning_merge.methods.matrices import is_matrix, parts_of, warn_of_capped, warn_of_small
 from lightning_merge.methods.matrix_method import MatrixMethod
 from lightning_merge.states import StateDict, shape_of
 
@@ -59,19 +59,22 @@ class TSVMerge(MatrixMethod):
         check_range("shrinkage", self.shrinkage, 0.0, math.inf)
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
-        """Warn of a rank that does not fit and of matrices too small for it."""
+        """Warn of a rank that does not fit, and of matrices too small for any."""
         if self.rank_fraction is not None and self.rank_fraction * len(experts) > 1 + 1e-9:
             warnings.warn(
                 f"TSVMerge: rank_fraction {self.rank_fraction:g} times {len(experts)} experts is "
                 "more than the directions of a matrix; using 1 / T.",
                 stacklevel=3,
             )
-        small = [
-            name
+        sides = {
+            name: self._smaller_side(name, shape_of(base, name))
             for name in self.method_names(base)
             if is_matrix(shape_of(base, name), self.convolutions)
-            and self._smaller_side(name, shape_of(base, name)) < len(experts)
-        ]
+        }
+        if self.rank is not None:
+            most = {name: side // len(experts) for name, side in sides.items()}
+            warn_of_capped([n for n, m in most.items() if 0 < m < self.rank], self.rank, "TSVMerge")
+        small = [name for name, side in sides.items() if side < len(experts)]
         warn_of_small(small, len(experts), "TSVMerge")
         return self
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, final, overload
+from typing import Literal, NamedTuple, TypeAlias, final, overload
 
 import torch
 from torch import Tensor
@@ -62,6 +62,33 @@ def stack_parameter(
     if not _finite(stacked) or not _finite(base):
         _check_each(name, base, values, experts)
     return scaled(base, stacked, coefficients)
+
+
+def integers(
+    name: str,
+    base: Tensor,
+    experts: Mapping[str, StateDict],
+    on_mismatch: Literal["base", "first", "error"],
+) -> Tensor:
+    """An integer or boolean buffer of the merged model, in new memory.
+
+    Raises:
+        ValueError: If an expert's differs from the base's and that is to be an error.
+    """
+    if on_mismatch == "base":
+        return base.clone()
+    values = {task: expert[name].detach() for task, expert in experts.items()}
+    differing = [
+        t for t, v in values.items() if not torch.equal(v.to(base.device, base.dtype), base)
+    ]
+    if not differing:
+        return base.clone()
+    if on_mismatch == "first":
+        return next(iter(values.values())).to(base.device, base.dtype, copy=True)
+    raise ValueError(
+        f"buffer '{name}' differs from the base's in the experts {', '.join(differing)}. Merge "
+        "with on_buffer_mismatch base or first, or leave it out of the models."
+    )
 
 
 @final

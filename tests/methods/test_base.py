@@ -17,14 +17,19 @@ from lightning_merge.methods import (
     IsoC,
     IsoCTS,
     ModelStock,
+    OutputProjection,
     Slerp,
+    TALLCompress,
     TaskArithmetic,
+    TSVCompress,
     TSVMerge,
     WeightMethod,
     walk,
 )
+from lightning_merge.methods.buffers import knowing_buffers
+from lightning_merge.methods.plan import plan
 from lightning_merge.states import LazyStateDict
-from tests.methods.models import flat, model_sets, models
+from tests.methods.models import SHAPES, flat, model_sets, models
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:slerp. two tensors", "ignore:TSVMerge. .* matrices have fewer"
@@ -93,10 +98,48 @@ def test_integer_buffers_are_the_bases_and_statistics_are_averaged(method):
     assert (merged["1.running_var"] > 0).all()
 
 
+@EACH
+def test_integer_buffers_that_differ_are_the_first_experts_or_an_error_where_asked(method):
+    base, experts = models(2)
+    for state, steps in zip((base, *experts.values()), (1, 2, 3), strict=True):
+        state["steps"], state["same"] = torch.tensor(steps), torch.tensor([True])
+    first = type(method)(**{**vars(method), "on_buffer_mismatch": "first"})
+    merged = first.merge(base, experts)
+    assert merged["steps"] == 2
+    merged["steps"] += 5
+    assert experts["task0"]["steps"] == 2
+    strict = type(method)(**{**vars(method), "on_buffer_mismatch": "error"})
+    with pytest.raises(ValueError, match="buffer 'steps' differs .* experts task0, task1. Merge"):
+        strict.merge(base, experts)
+    for expert in experts.values():
+        expert["steps"] = base["steps"].clone()
+    assert strict.merge(base, experts)["steps"] == 1
+
+
 def test_a_large_scale_leaves_variances_positive():
     base, experts = batchnorm(), {t: batchnorm(i) for i, t in enumerate("ab", start=1)}
     merged = TaskArithmetic(scale=50.0).merge(base, experts)
     assert (merged["1.running_var"] > 0).all()
+
+
+@EACH
+def test_floating_buffers_that_are_named_are_averaged(method):
+    base, experts = models(2, shapes={"fc.weight": (4, 3), "bn.scale": (4,)})
+    told = type(method)(**{**vars(method), "buffers": ("bn.*",)})
+    merged, mean = told.merge(base, experts), Average().merge(base, experts)
+    assert torch.equal(merged["bn.scale"], mean["bn.scale"])
+
+
+def test_methods_within_methods_hear_of_buffers_by_their_exact_names():
+    inner = TaskArithmetic(buffers=("kept.*",))
+    method = OutputProjection(fallback=inner, heuristics=(TIES(), DARE()))
+    told = knowing_buffers(method, ["a[0].scale"])
+    for one in (told.fallback, *told.heuristics):
+        assert one.treatment("a[0].scale", "floating") == "average"
+        assert one.treatment("a0.scale", "floating") == "method"
+    assert told.fallback.treatment("kept.x", "floating") == "average"
+    assert knowing_buffers(method, []) is method
+    assert inner.buffers == ("kept.*",)
 
 
 @EACH
@@ -160,6 +203,34 @@ def test_differing_experts_are_one_error(method):
 
 
 @EACH
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("place", ["everywhere", "one expert"])
+def test_eight_bit_floats_are_one_error_that_tells_what_to_do(
+    method, place, dtype, lazily, tmp_path
+):
+    base, experts = models(2)
+    states = {"base": base, **experts}
+    for name, state in states.items():
+        if place == "everywhere" or name == "task1":
+            state["fc.weight"] = state["fc.weight"].to(dtype)
+        if lazily:
+            save_file(state, tmp_path / name)
+    if lazily:
+        states = {name: LazyStateDict(tmp_path / name) for name in states}
+    base = states.pop("base")
+    found = {
+        "everywhere": "the base: 1 parameters float8, which cannot be merged: fc.weight",
+        "one expert": "expert 'task1': 1 parameters of another kind .* 'fc.weight' float8 vs float",
+    }
+    with pytest.raises(ValueError, match=f"{found[place]}.*to bfloat16 first"):
+        method.merge(base, states)
+    for store in (TSVCompress(), TALLCompress()):
+        with pytest.raises(ValueError, match=f"{found[place]}.*to bfloat16 first"):
+            store.save(tmp_path / "store", base, states)
+
+
+@EACH
 def test_tensors_stay_on_their_device(method, monkeypatch):
     def fail(*_):
         raise AssertionError("a tensor was moved to the CPU")
@@ -218,12 +289,37 @@ def test_blocks_change_nothing(method, data):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("form", ["object", "memory", "file"])
+def test_a_base_among_the_experts_is_a_warning_and_nothing_is_read(form, tmp_path):
+    base, experts = models(2)
+    again = base if form == "object" else {n: v.detach() for n, v in base.items()}
+    if form == "file":
+        save_file(base, tmp_path / "b")
+        base, again = LazyStateDict(tmp_path / "b"), LazyStateDict(tmp_path / "b")
+    experts = {**experts, "start": again}
+    with pytest.warns(UserWarning, match="expert 'start' is the base itself: all it adds"):
+        merged = Average().merge(base, experts)
+    for name in SHAPES:
+        mean = sum(e[name].double() for e in experts.values()) / 3
+        torch.testing.assert_close(merged[name].double(), mean, rtol=1e-5, atol=1e-6)
+    with pytest.warns(UserWarning, match="no expert differs from the base, so the merge is the"):
+        TaskArithmetic().merge(base, {"a": again, "b": base})
+
+
+def test_another_expert_with_equal_values_is_not_looked_at(recwarn):
+    base, experts = models(2)
+    equal = {name: value.clone() for name, value in base.items()}
+    Average().merge(base, {**experts, "equal": equal})
+    assert not recwarn.list
+
+
 @EACH
 @FEW
 @given(data=model_sets(2, 2))
 def test_no_change_returns_the_base_bitwise(method, data):
     base, experts = data
-    merged = method.merge(base, dict.fromkeys(experts, base))
+    same = {t: {n: v.clone() for n, v in base.items()} for t in experts}
+    merged = method.merge(base, same)
     if not isinstance(method, Average):
         assert all(torch.equal(merged[n], base[n]) for n in base)
     for name in base:
@@ -286,6 +382,38 @@ def test_coefficient_errors():
         TaskArithmetic(coefficients=rules).merge(base, experts)
     with pytest.raises(ValueError, match="finite"):
         Coefficient(value=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        (TIES(include=("fc.*", "nope.*")), "include"),
+        (Average(buffers=("nope.*",)), "buffers"),
+        (TSVMerge(split={"nope.*": 3}), "split"),
+        (IsoC(split={"fc.weight": 1, "nope.*": 3}), "split"),
+        (Slerp(positions={"fc.*": 0.2, "nope.*": 0.3}), "positions"),
+    ],
+)
+def test_patterns_that_match_nothing_are_errors(method, option):
+    base, experts = models(2)
+    message = rf"^{option}: pattern 'nope\.\*' matches no parameter.*parameters are: conv\.weight"
+    with pytest.raises(ValueError, match=message):
+        method.merge(base, experts)
+    with pytest.raises(ValueError, match=message):
+        plan(method, base, experts)
+
+
+def test_a_pattern_that_excludes_nothing_is_a_warning():
+    base, experts = models(2)
+    method = Average(exclude=("*.bias", "nope.*"))
+    with pytest.warns(UserWarning, match=r"exclude: no parameter matches 'nope\.\*'; nothing"):
+        merged = method.merge(base, experts)
+    expected = Average(exclude=("*.bias",)).merge(base, experts)
+    assert all(torch.equal(merged[name], expected[name]) for name in base)
+
+
+def test_an_empty_model_has_nothing_that_a_pattern_could_match():
+    assert Average(include=("fc.*",)).merge({}, {"a": {}}) == {}
 
 
 def test_abstract_base_cannot_be_made():

@@ -65,6 +65,24 @@ def test_size_is_one_vector_and_bits(tmp_path):
     assert payload < (tmp_path / "t.safetensors").stat().st_size < payload + 2000
 
 
+def test_half_precision_takes_half_the_size_and_loses_a_rounding(tmp_path):
+    shapes = {"w": (64, 100), "bn.deviation": (4,)}
+    base, experts = models(8, shapes=shapes, dtype=torch.bfloat16)
+    experts["task3"]["bn.deviation"] = torch.rand(4).bfloat16()
+    store = TALLCompress(buffers=("bn.*",)).save(tmp_path / "t.safetensors", base, experts)
+    payload = 2 * 6400 + 8 * 6400 // 8 + 8 * 2 * 4
+    assert payload < (tmp_path / "t.safetensors").stat().st_size < payload + 3000
+    rows = torch.stack([e["w"].double() - base["w"].double() for e in experts.values()])
+    total = rows.sum(0)
+    rebuilt = store.expert("task3", base)
+    mask = rows[3].abs() > 0.4 * (total - rows[3]).abs()
+    # one rounding of the sum, one of the result: bfloat16 has eight bits
+    expected = base["w"].double() + mask * total
+    error = (rebuilt["w"].double() - expected).abs()
+    assert (error <= 2**-8 * (total.abs() + expected.abs())).all()
+    assert torch.equal(rebuilt["bn.deviation"], experts["task3"]["bn.deviation"])
+
+
 def test_errors(tmp_path):
     base, experts, store = saved(tmp_path)
     with pytest.raises(ValueError, match="no expert 'x'; the file holds task0, task1, task2"):

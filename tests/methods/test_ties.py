@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,22 +14,24 @@ from tests.methods.models import flat, flat_task_vectors, model_sets, models
 DENSITIES = st.sampled_from([0.05, 0.2, 0.5, 0.77, 1.0])
 
 
-def reference(task_vectors, density, combine, zero_sign="majority"):
+def reference(task_vectors, density, combine, zero_sign="majority", weights=None):
     """TIES on flat task vectors (T, N), in NumPy: the merged task vector."""
+    weights = np.ones(len(task_vectors)) if weights is None else np.asarray(weights)
     trimmed = np.zeros_like(task_vectors)
     for row, out in zip(task_vectors, trimmed, strict=True):
         if len(row):
             kept = np.argsort(-np.abs(row), kind="stable")[: max(1, round(density * len(row)))]
             out[kept] = row[kept]
-    signs = np.sign(trimmed.sum(axis=0))
+    signs = np.sign(weights @ trimmed)
     filler = {"majority": np.sign(signs.sum()), "positive": 1.0, "none": 0.0}[zero_sign]
     signs[signs == 0] = filler
     agreeing = (np.sign(trimmed) == signs) & (trimmed != 0)
+    agreeing &= weights[:, None] > 0
     chosen = np.where(agreeing, trimmed, 0)
     if combine == "max":
         return np.abs(chosen).max(axis=0, initial=0) * signs
-    total = chosen.sum(axis=0)
-    return total if combine == "sum" else total / np.maximum(agreeing.sum(axis=0), 1)
+    total, share = weights @ chosen, weights @ agreeing
+    return total if combine == "sum" else total / np.where(share > 0, share, 1)
 
 
 @given(
@@ -193,3 +197,71 @@ def test_agreeing_task_vectors_of_a_parameter_longer_than_a_block():
     merged = TIES(density=0.3).merge(base, experts)["w"] - base["w"]
     mean = found.sum(0) / (found != 0).sum(0).clamp_min(1)
     torch.testing.assert_close(mean, merged, atol=1e-6, rtol=1e-5)
+
+
+@given(
+    data=model_sets(integers=True, min_experts=2),
+    density=DENSITIES,
+    scope=st.sampled_from(["global", "tensor"]),
+    combine=st.sampled_from(["mean", "sum"]),
+    zero_sign=st.sampled_from(["majority", "positive", "none"]),
+    seed=st.integers(0, 99),
+)
+def test_weights_against_numpy(data, density, scope, combine, zero_sign, seed):
+    base, experts = data
+    # eighths: sums of them cancel exactly here and there, and in any order
+    drawn = np.random.default_rng(seed).integers(0, 9, len(experts)) / 8
+    drawn[0] += 0.125
+    weights = dict(zip(experts, drawn.tolist(), strict=True))
+    given_backwards = dict(reversed(list(weights.items())))
+    method = TIES(
+        density=density,
+        scope=scope,
+        combine=combine,
+        zero_sign=zero_sign,
+        weights=given_backwards,
+    )
+    merged = method.merge(base, experts)
+    parts = [[name] for name in base] if scope == "tensor" else [list(base)]
+    for names in parts:
+        vectors = flat_task_vectors(
+            {n: base[n] for n in names}, {t: {n: e[n] for n in names} for t, e in experts.items()}
+        )
+        expected = reference(vectors, density, combine, zero_sign, drawn)
+        found = flat({n: merged[n] for n in names})
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    if scope == "tensor":
+        in_their_order = replace(method, weights=weights)
+        for name, value in base.items():
+            stacked = torch.stack([e[name] for e in experts.values()])
+            whole = in_their_order.merge_tensor(name, value, stacked)
+            torch.testing.assert_close(whole, merged[name])
+
+
+@given(data=model_sets(min_experts=2), scope=st.sampled_from(["global", "tensor"]))
+def test_equal_weights_change_no_bit_of_the_mean(data, scope):
+    base, experts = data
+    plain = TIES(density=0.5, scope=scope)
+    ones = replace(plain, weights=dict.fromkeys(experts, 1.0))
+    expected, found = plain.merge(base, experts), ones.merge(base, experts)
+    assert all(torch.equal(found[name], expected[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": {"a": -1.0, "b": 2.0}}, "finite, at least 0, and not all 0.*coefficient"),
+        ({"weights": {"a": 0.0, "b": 0.0}}, "not all 0"),
+        ({"weights": {"a": float("nan")}}, "finite"),
+        ({"weights": {"a": 1.0}, "combine": "max"}, "no part in combine: max"),
+    ],
+)
+def test_weights_that_mean_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        TIES(**options)
+
+
+def test_weights_must_name_the_experts():
+    base, experts = models(2)
+    with pytest.raises(ValueError, match="every expert once: task0, task1; missing: task1; unknow"):
+        TIES(weights={"task0": 1.0, "x": 1.0}).merge(base, experts)

@@ -158,6 +158,20 @@ def test_rank_policies():
         TSVMerge(rank_fraction=0.5).merge(base, experts)
 
 
+def test_a_rank_that_does_not_fit_is_a_warning_that_names_the_matrices(recwarn):
+    base, experts = models(3, shapes={"large": (30, 30), "small": (6, 9), "fused": (12, 9)})
+    with pytest.warns(UserWarning, match=r"rank 3 is more than .* of 2 matrices.*: fused, small\."):
+        capped = TSVMerge(rank=3, split={"fused": 2}).merge(base, experts)
+    with pytest.warns(UserWarning, match="rank 99 is more than"):
+        whole = TSVMerge(rank=99).merge(base, experts)
+    recwarn.clear()
+    paper = TSVMerge().merge(base, experts)
+    TSVMerge(rank=2).merge(base, experts)
+    assert not recwarn.list
+    assert torch.equal(capped["small"], paper["small"])
+    assert torch.equal(whole["large"], paper["large"])
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -8,7 +8,14 @@ import torch
 from lightning_merge.functional.breadcrumbs import breadcrumbs
 from lightning_merge.functional.slerp import slerp
 from lightning_merge.functional.ties import trim
-from lightning_merge.methods import TIES, Breadcrumbs, ModelStock, TaskArithmetic
+from lightning_merge.methods import (
+    TIES,
+    Average,
+    Breadcrumbs,
+    Coefficient,
+    ModelStock,
+    TaskArithmetic,
+)
 from tests.methods.models import models
 
 pytestmark = pytest.mark.parity
@@ -64,6 +71,35 @@ def test_ties_by_tensor(sparsify, arithmetic):
         # a trimmed entry has sign 0 there, so it neither agrees nor counts
         expected = value + merged_by_sign(arithmetic, rows, 1.0)
         torch.testing.assert_close(merged[name], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_ties_with_unequal_weights(arithmetic, sparsify, normalize):
+    peer = arithmetic.GeneralizedTaskArithmeticMerge(
+        consensus_method=arithmetic.ConsensusMethod.sum,
+        sparsification_method=sparsify.SparsificationMethod.magnitude,
+        default_normalize=True,
+        default_rescale=False,
+        method_name="ties",
+        method_pretty_name=None,
+        method_reference_url=None,
+    )
+    base, experts = models(3, shapes=SHAPES)
+    weights = (0.2, 0.5, 1.0)
+    merged = TIES(
+        density=0.5,
+        scope="tensor",
+        zero_sign="positive",
+        count="floor",
+        combine="mean" if normalize else "sum",
+        weights=dict(zip(experts, weights, strict=True)),
+        scale=0.8,
+    ).merge(base, experts)
+    options = {"normalize": normalize, "rescale": False, "int8_mask": False, "lambda": 0.8}
+    options |= {"weight": dict(enumerate(weights)), "density": dict.fromkeys(range(3), 0.5)}
+    for name in base:
+        theirs = peer.merge_group(group_of(base, experts, name), **options)
+        torch.testing.assert_close(merged[name], theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("density", "drop_top"), [(0.5, 0.1), (0.25, 0.0), (0.75, 0.25)])
@@ -126,3 +162,23 @@ def test_slerp():
         theirs = peer.slerp(torch.tensor([0.3]), *pair)
         ours = slerp(first[name], second[name], 0.3).reshape(1, -1)
         torch.testing.assert_close(ours, theirs.reshape(1, -1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear(normalize, dtype):
+    peer = pytest.importorskip("mergekit.merge_methods.linear", reason=REASON)
+    base, experts = models(3, shapes=SHAPES, dtype=dtype)
+    weights = dict(zip(experts, (0.2, 1.7, -0.4), strict=True))
+    if normalize:
+        merged = Average(weights=weights).merge(base, experts)
+    else:  # a sum of weights is task arithmetic from a base of zeros
+        rules = tuple(Coefficient(value=w, task=task) for task, w in weights.items())
+        zeros = {name: torch.zeros_like(value) for name, value in base.items()}
+        merged = TaskArithmetic(scale=1.0, coefficients=rules).merge(zeros, experts)
+    for name in SHAPES:
+        batch = SimpleNamespace(tensors=[e[name][None] for e in experts.values()])
+        given = torch.tensor([list(weights.values())])
+        theirs = peer.linear_merge.merge_batch(batch, weight=given, normalize=normalize)
+        precision = {torch.bfloat16: 1e-2}.get(dtype, 1e-6)
+        torch.testing.assert_close(merged[name], theirs[0], atol=precision, rtol=precision)

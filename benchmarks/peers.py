@@ -5,6 +5,7 @@ Each peer is loaded in the process that runs it.
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -120,6 +121,10 @@ PEERS = {"fusion-bench": fusion_bench, "mergekit": mergekit}
 MODULES = {"fusion-bench": "fusion_bench", "mergekit": "mergekit"}
 
 
+@cache
 def installed() -> list[str]:
-    """The peers that are here; whether their functions can be loaded is seen when they run."""
+    """The peers that are here; whether their functions can be loaded is seen when they run.
+
+    Asked once: a peer that is loaded may deny that it can be found.
+    """
     return [name for name, module in MODULES.items() if importlib.util.find_spec(module)]

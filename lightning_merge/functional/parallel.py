@@ -1,7 +1,8 @@
 """Running independent pieces of work side by side, one core each."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from threading import local
 from typing import Generic, Protocol, TypeVar, final, runtime_checkable
@@ -43,6 +44,36 @@ def map_on_cores(
             return list(pool.map(lambda i: function(items[i]), range(len(items))))
     finally:
         torch.set_num_threads(threads)  # the setting of the BLAS library is shared by all threads
+
+
+def in_order_on_cores(
+    function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """Yield a function's results in the items' order, while those of the next are worked on.
+
+    As many items at once as torch has threads, with torch's own threads set to one meanwhile; as
+    many results again may wait to be taken.
+
+    Args:
+        function: Called from several threads.
+        items: Its arguments.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 @final

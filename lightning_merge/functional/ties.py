@@ -5,7 +5,7 @@ from functools import cache, partial
 from typing import Literal, TypeAlias, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
@@ -141,17 +141,36 @@ def block_consensus(
     chosen = _of_side(trimmed, sides, combine, room, weights).mul_(sides)
     if zero_sign == "positive":
         return chosen
-    summed = total.sign_().abs_()
+    signs = total.sign_()
     if zero_sign == "none":
-        return chosen.mul_(summed)
-    cancelled = summed.sub_(1).mul_(chosen)
-    if float(cancelled.min()) < 0 and (sign := majority()) <= 0:
-        columns = cancelled.nonzero().squeeze(1)
-        few = trimmed[:, columns]
-        minus = torch.full_like(few[0], -1.0)
-        few_room = Room(len(few), few.shape[1], few)
-        chosen[columns] = sign * _of_side(few, minus, combine, few_room, weights)
+        return chosen.mul_(signs.abs_())
+    columns = cancelled(signs, chosen)
+    if len(columns) and (sign := majority()) <= 0:
+        chosen[columns] = sign * minus_side(trimmed[:, columns], combine, weights)
     return chosen
+
+
+def cancelled(signs: Float[Tensor, " n"], chosen: Float[Tensor, " n"]) -> Int64[Tensor, " columns"]:
+    """Columns in which task vectors cancel: the sign is 0, yet some entries are positive.
+
+    Args:
+        signs: Signs of the sums; they are overwritten.
+        chosen: What is chosen where a sign of 0 counts as plus.
+    """
+    marks = signs.abs_().sub_(1).mul_(chosen)
+    if not float(marks.min()) < 0:
+        return torch.empty(0, dtype=torch.int64, device=signs.device)
+    return marks.nonzero().squeeze(1)
+
+
+def minus_side(
+    trimmed: Float[Tensor, "experts n"],
+    combine: Combine,
+    weights: Float[Tensor, " experts"] | None = None,
+) -> Float[Tensor, " n"]:
+    """Magnitude of what is chosen where the sign is minus, of weighted task vectors."""
+    room = Room(len(trimmed), trimmed.shape[1], trimmed)
+    return _of_side(trimmed, torch.full_like(trimmed[0], -1.0), combine, room, weights)
 
 
 def _of_side(

@@ -5,13 +5,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol, TypeAlias, final, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.functional.average import average
+from lightning_merge.functional.parallel import in_order_on_cores
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.low_rank import low_rank_factors
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment
@@ -69,6 +70,10 @@ class MergeMethod(ABC):  # noqa: B024 (the two kinds take different arguments)
 class WeightMethod(MergeMethod):
     """A method that needs nothing but weights, one parameter at a time."""
 
+    side_by_side: ClassVar[bool] = False
+    """Whether parameters are merged at the same time, one core each: where a parameter is one
+    decomposition, which gains little from several cores."""
+
     include: tuple[str, ...] = ("*",)
     """Shell patterns of the parameters that the method merges."""
 
@@ -115,12 +120,18 @@ class WeightMethod(MergeMethod):
             warnings.warn(message, stacklevel=3)
         method = self.bind(base, experts)
         ties = tied_names(base)
+        own = (name for name in base if name not in ties)
+
+        def entry(name: str) -> Tensor:
+            return method._merge_entry(name, base[name], experts)
+
+        merges = in_order_on_cores(entry, own) if self.side_by_side else map(entry, own)
         shared: dict[str, Tensor] = {}
         for name in base:
             if name in ties:
                 yield name, shared[ties[name]]
                 continue
-            merged = method._merge_entry(name, base[name], experts)
+            merged = next(merges)
             if name in ties.values():
                 shared[name] = merged
             yield name, merged

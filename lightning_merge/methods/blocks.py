@@ -17,8 +17,9 @@ Thin: TypeAlias = Callable[[int, slice, Tensor], None]
 Begin: TypeAlias = Callable[[str, int, int], Thin]
 """What thins out a span, from the parameter's name, the span's first entry and its length."""
 
-MergeThinned: TypeAlias = Callable[[Tensor, Tensor, Room], Tensor]
-"""Merges a block from its base ``(n,)`` and thinned-out task vectors ``(T, n)``."""
+MergeThinned: TypeAlias = Callable[[int, Tensor, Tensor, Room], Tensor]
+"""Merges a block from its first entry's place, its base ``(n,)`` and thinned-out task vectors
+``(T, n)``."""
 
 
 def in_blocks(begin: Begin, merge: MergeThinned) -> BlockMerge:
@@ -37,7 +38,7 @@ def in_blocks(begin: Begin, merge: MergeThinned) -> BlockMerge:
             for t, (row, out) in enumerate(zip(rows, vectors.unbind(), strict=True)):
                 torch.sub(row[part].to(wide), origin, out=out)
                 thin(t, part, out)
-            merged[part] = merge(base[part], vectors, mine)
+            merged[part] = merge(start + first, base[part], vectors, mine)
         return merged
 
     return merge_span

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import final
 
 from torch import Tensor
@@ -12,8 +11,6 @@ from lightning_merge.functional.ties import SumOrTies
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_density, check_scale
 from lightning_merge.methods.masks import RandomDrop, numbered
-from lightning_merge.methods.rules import coefficients_of
-from lightning_merge.methods.walk import BlockMerge
 from lightning_merge.states import StateDict
 
 
@@ -45,14 +42,7 @@ class DARE(WeightMethod):
         """Remember the tasks, on which the masks depend."""
         if self.rescale in ("l1", "l2"):  # norms of whole parameters
             return self.bound_to(self._drop().for_tasks(experts))
-        drop, tasks = self._drop(), tuple(experts)
-
-        def merger(name: str) -> BlockMerge:
-            factors = coefficients_of(name, tasks, self.coefficients)
-            majority = cache(lambda: drop.majority_sign(name, base, experts, factors))
-            return drop.for_blocks(tasks, majority)
-
-        return self.bound_to_blocks(merger)
+        return self.bound_to_blocks(lambda name: self._drop().for_blocks(tuple(experts)))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter of experts that are called "0", "1", and so on."""

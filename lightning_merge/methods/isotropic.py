@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from lightning_merge.methods.matrix_method import MatrixMethod
 @dataclass(frozen=True, kw_only=True)
 class IsoC(MatrixMethod):
     """Gives the sum of the task vectors of every matrix one singular value; averages the rest."""
+
+    side_by_side: ClassVar[bool] = True
 
     scale: float = 1.0
     """Coefficient λ of the update; usually tuned, the paper's lie between 0.9 and 1.5."""

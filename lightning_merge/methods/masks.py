@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from threading import Lock
+from typing import TypeAlias, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +18,16 @@ from lightning_merge.functional.dare import (
     random_words,
 )
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
-from lightning_merge.functional.ties import Room, SumOrTies, block_consensus, combined, elect
-from lightning_merge.methods.blocks import Thin, in_blocks
-from lightning_merge.methods.walk import BlockMerge, map_blocks
-from lightning_merge.states import StateDict
+from lightning_merge.functional.ties import (
+    Room,
+    SumOrTies,
+    block_consensus,
+    cancelled,
+    combined,
+    minus_side,
+)
+from lightning_merge.methods.blocks import Begin, Thin, in_blocks
+from lightning_merge.methods.walk import BlockMerge, SettledMerge
 
 Keep: TypeAlias = Callable[[Tensor], Tensor | float]
 """Probability that an entry of a task vector is kept: one for each, or one for all."""
@@ -41,26 +49,12 @@ class RandomDrop:
         """What merges one parameter of these experts: the masks depend on their names."""
         return partial(self.merge, tuple(tasks))
 
-    def for_blocks(self, tasks: Sequence[str], majority: Callable[[], float]) -> BlockMerge:
-        """The same block by block, where all entries have one probability and no norm is kept.
-
-        Args:
-            tasks: Names of the experts.
-            majority: Gives the sign that most entries of the parameter elect, where that is asked.
-        """
-        return in_blocks(partial(self._begin, tasks), partial(self._combined, majority))
-
-    def majority_sign(
-        self,
-        name: str,
-        base: StateDict,
-        experts: Mapping[str, StateDict],
-        coefficients: Sequence[float],
-    ) -> float:
-        """Sign that most entries of one parameter elect: a pass of its own."""
-        merge = in_blocks(partial(self._begin, tuple(experts)), _elected)
-        signs = map_blocks(merge, name, base[name].detach(), experts, coefficients)
-        return float(signs.sum(dtype=torch.float64).sign())
+    def for_blocks(self, tasks: Sequence[str]) -> BlockMerge:
+        """The same block by block, where all entries have one probability and no norm is kept."""
+        begin = partial(self._begin, tuple(tasks))
+        if self.combine == "ties":
+            return _ElectInBlocks(begin, self._block_scale)
+        return in_blocks(begin, self._summed)
 
     def _begin(self, tasks: Sequence[str], name: str, start: int, size: int) -> Thin:
         keep = self.keep(torch.empty(0))
@@ -72,18 +66,15 @@ class RandomDrop:
 
         return thin
 
-    def _combined(
-        self, majority: Callable[[], float], base: Tensor, thinned: Tensor, room: Room
-    ) -> Tensor:
-        if self.combine == "ties":
-            update = block_consensus(thinned, "mean", "majority", majority, room)
-        else:
-            update = thinned.sum(0)
-        keep = self.keep(base)
-        assert isinstance(keep, float)
+    @property
+    def _block_scale(self) -> float:
         # an inverse probability common to all entries is as well applied to what is combined
-        scale = self.scale / keep if self.rescale == "inverse" else self.scale
-        return add_update(base, update, scale)
+        keep = self.keep(torch.empty(0))
+        assert isinstance(keep, float)
+        return self.scale / keep if self.rescale == "inverse" else self.scale
+
+    def _summed(self, start: int, base: Tensor, thinned: Tensor, room: Room) -> Tensor:
+        return add_update(base, thinned.sum(0), self._block_scale)
 
     def merge(self, tasks: Sequence[str], name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one parameter: experts ``(T, *base.shape)`` of these tasks."""
@@ -96,8 +87,36 @@ class RandomDrop:
         return add_update(base, combined(task_vectors, self.combine), self.scale)
 
 
-def _elected(base: Tensor, thinned: Tensor, room: Room) -> Tensor:
-    return elect(thinned)
+@final
+class _ElectInBlocks(SettledMerge):
+    """Elects signs and averages what has them, for one parameter.
+
+    Where task vectors cancel, the sign is that of most entries of the parameter, which is known
+    after the last block: until then it is plus, and what minus would give is kept.
+    """
+
+    def __init__(self, begin: Begin, scale: float) -> None:
+        self._merge, self._scale = in_blocks(begin, self._elected), scale
+        self._signs, self._open, self._lock = 0.0, list[tuple[Tensor, Tensor, Tensor]](), Lock()
+
+    def __call__(self, name: str, start: int, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        return self._merge(name, start, base, rows)
+
+    def settle(self, merged: Tensor) -> None:
+        sign = float(np.sign(self._signs))
+        for places, base, minus in self._open if sign <= 0 else ():
+            merged[places] = add_update(base, sign * minus, self._scale)
+
+    def _elected(self, start: int, base: Tensor, thinned: Tensor, room: Room) -> Tensor:
+        update = block_consensus(thinned, "mean", "positive", lambda: 1.0, room)
+        signs = room.narrow(len(base))[0].sign_()
+        total, columns = float(signs.sum()), cancelled(signs, update)
+        with self._lock:
+            self._signs += total
+            if len(columns):
+                minus = minus_side(thinned[:, columns], "mean")
+                self._open.append((start + columns, base[columns], minus))
+        return add_update(base, update, self._scale)
 
 
 def numbered(experts: Tensor) -> list[str]:

@@ -128,7 +128,7 @@ class TIES(WeightMethod):
         return _blockwise(cuts, partial(self._merge_trimmed, majority))
 
     def _merge_trimmed(
-        self, majority: Callable[[], float], base: Tensor, trimmed: Tensor, room: Room
+        self, majority: Callable[[], float], start: int, base: Tensor, trimmed: Tensor, room: Room
     ) -> Tensor:
         weights = self.weight_vector()
         update = block_consensus(trimmed, self.combine, self.zero_sign, majority, room, weights)
@@ -156,7 +156,9 @@ def _blockwise(cuts: Sequence[_Cut], merge: MergeThinned) -> BlockMerge:
     return in_blocks(lambda _, start, size: _Trim(cuts, start, size), merge)
 
 
-def _elected(weights: Tensor | None, base: Tensor, trimmed: Tensor, room: Room) -> Tensor:
+def _elected(
+    weights: Tensor | None, start: int, base: Tensor, trimmed: Tensor, room: Room
+) -> Tensor:
     return elect(trimmed, weights)
 
 

@@ -1,6 +1,7 @@
 """Reading one parameter of all experts: stacked whole, or in blocks that stay in the cache."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, final, overload
 
@@ -17,6 +18,18 @@ BLOCK = 1 << 17
 BlockMerge: TypeAlias = Callable[[str, int, Tensor, Sequence[Tensor]], Tensor]
 """Merges a flat block: the parameter's name, the block's first entry, the base ``(n,)``, and the
 block of each expert. Called from several threads."""
+
+
+class SettledMerge(ABC):
+    """A :data:`BlockMerge` of one parameter that settles some entries after the last block."""
+
+    @abstractmethod
+    def __call__(self, name: str, start: int, base: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """Merge one block."""
+
+    @abstractmethod
+    def settle(self, merged: Tensor) -> None:
+        """Correct the merged parameter, flat, in place: now all of it has been seen."""
 
 
 LINEAR_BLOCK = 1 << 19
@@ -175,6 +188,8 @@ def map_blocks(
             merge_block(start)
     else:
         map_on_cores(merge_block, starts, size=BLOCK)
+    if isinstance(function, SettledMerge):
+        function.settle(blocks.merged)
     return blocks.merged.view(base.shape)
 
 

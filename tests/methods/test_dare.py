@@ -114,3 +114,18 @@ def test_where_task_vectors_cancel_the_sign_is_that_of_most_entries_of_the_param
     base, experts = {"w": torch.zeros(size)}, {"a": {"w": one}, "b": {"w": other}}
     merged = DARE(density=1.0, combine="ties", scale=1.0).merge(base, experts)["w"]
     assert torch.equal(merged, -torch.ones(size))
+
+
+@pytest.mark.parametrize("most", [-1.0, 1.0, 0.0])
+def test_cancelled_entries_of_every_block_are_settled(most):
+    size = 2 * walk.BLOCK + 100
+    one, other = torch.full((size,), most), torch.full((size,), most)
+    places = [3, walk.BLOCK - 1, walk.BLOCK, size - 1]
+    one[places], other[places] = 2.0, -2.0
+    base, experts = {"w": torch.zeros(size)}, {"a": {"w": one}, "b": {"w": other}}
+    merged = DARE(density=1.0, combine="ties", scale=1.0).merge(base, experts)["w"]
+    expected = torch.full((size,), most)
+    expected[places] = 2.0 * most
+    assert torch.equal(merged, expected)
+    tied = TIES(density=1.0, scope="tensor").merge(base, experts)["w"]
+    assert torch.equal(merged, tied)

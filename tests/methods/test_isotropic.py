@@ -102,3 +102,17 @@ def test_methods_average_what_is_no_matrix(method):
 def test_errors(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         IsoCTS(**bad)
+
+
+def test_parameters_side_by_side_give_the_same():
+    base, experts = models(3, shapes={f"{i}.weight": (12 + i, 9) for i in range(7)})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = IsoC().merge(base, experts)
+        torch.set_num_threads(2)
+        together = IsoC().merge(base, experts)
+    finally:
+        torch.set_num_threads(before)
+    assert list(together) == list(base)
+    assert all(torch.equal(alone[name], together[name]) for name in base)

@@ -258,7 +258,12 @@ def sections(found: Found) -> list[str]:
             for name, row in rows.items()
             if row.values
         ]
-        parts += [f"## {suite}", table(["method", *keys, "seconds", "MiB"], cells)]
+        most = max((len(row.values["uncorrected"]) for row in rows.values()), default=0)
+        parts += [
+            f"## {suite}",
+            f"Seeds: {most}, or as many as stand beside a method.",
+            table(["method", *keys, "seconds", "MiB"], cells),
+        ]
         parts += [
             f"{name} is not for these experts: {row.problem}"
             for name, row in rows.items()

@@ -116,6 +116,11 @@ class Numbers:
     """Why there are none."""
 
     @property
+    def seeds(self) -> int:
+        """How many there are."""
+        return len(self.values.get("uncorrected", ()))
+
+    @property
     def uncorrected(self) -> float:
         """Mean normalized accuracy of the merge as it is."""
         return statistics.fmean(self.values["uncorrected"])
@@ -258,7 +263,7 @@ def sections(found: Found) -> list[str]:
             for name, row in rows.items()
             if row.values
         ]
-        most = max((len(row.values["uncorrected"]) for row in rows.values()), default=0)
+        most = max((row.seeds for row in rows.values()), default=0)
         parts += [
             f"## {suite}",
             f"Seeds: {most}, or as many as stand beside a method.",
@@ -275,9 +280,8 @@ def sections(found: Found) -> list[str]:
 
 def labelled(name: str, row: Numbers, rows: dict[str, Numbers]) -> str:
     """The method, with the number of its seeds where others have more."""
-    seeds = len(row.values["uncorrected"])
-    most = max(len(other.values["uncorrected"]) for other in rows.values())
-    return name if seeds == most else f"{name} ({seeds} seed{'s' if seeds > 1 else ''})"
+    most = max(other.seeds for other in rows.values())
+    return name if row.seeds == most else f"{name} ({row.seeds} seed{'s' if row.seeds > 1 else ''})"
 
 
 def order(rows: dict[str, Numbers]) -> str:

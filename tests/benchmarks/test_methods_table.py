@@ -114,9 +114,12 @@ def test_the_whole_command(tmp_path, monkeypatch):
     assert "Order expected" in text
     assert "| toy | Fisher |" in (tmp_path / "fisher.md").read_text()
     (tmp_path / "methods_table" / "toy" / "2" / "Fisher.json").unlink()
+    for seed in "12":
+        (tmp_path / "methods_table" / "toy" / seed / "AdaMerging.json").unlink()
     methods_table.main(["toy"], [1, 2], list(SMALL), str(tmp_path), "kept", only_kept=True)
     kept = (tmp_path / "kept.md").read_text()
     assert "| Fisher (1 seed) |" in kept
+    assert "AdaMerging" not in kept.partition("Here:")[2]
     line = next(line for line in text.splitlines() if line.startswith("| average |"))
     assert line in kept.splitlines()
     with pytest.raises(SystemExit, match="unknown methods"):

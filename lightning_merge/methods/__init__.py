@@ -2,8 +2,9 @@
 
 from lightning_merge.methods.adamerging import AdaMerging
 from lightning_merge.methods.average import Average
-from lightning_merge.methods.base import CalibratedMethod, Calibration, MergeMethod, WeightMethod
+from lightning_merge.methods.base import MergeMethod, WeightMethod
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
+from lightning_merge.methods.calibrated import CalibratedMethod, Calibration
 from lightning_merge.methods.compress import CompressedExperts, TSVCompress
 from lightning_merge.methods.consensus import Consensus
 from lightning_merge.methods.dare import DARE

@@ -22,7 +22,8 @@ from lightning_merge.methods.adaptation.vectors import (
     Vectors,
     plain_task_vectors,
 )
-from lightning_merge.methods.base import CalibratedMethod, Calibration, WeightMethod
+from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.calibrated import CalibratedMethod, Calibration
 from lightning_merge.methods.checks import check_density
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment, as_plain
 from lightning_merge.methods.parts import (

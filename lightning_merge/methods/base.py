@@ -1,21 +1,19 @@
-"""The two kinds of merging methods: from weights alone, and from weights and calibration data."""
+"""What a merging method is, and those from weights alone."""
 
 import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, final, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, Protocol, TypeAlias, final, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_merge.calibration import CalibrationInputs
 from lightning_merge.functional.average import average
 from lightning_merge.functional.parallel import in_order_on_cores
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.low_rank import low_rank_factors
-from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.methods.rules import (
     Coefficient,
     check_patterns,
@@ -29,6 +27,7 @@ from lightning_merge.methods.walk import (
     BlockMerge,
     LinearMerge,
     RowMerge,
+    SettledMerge,
     integers,
     map_blocks,
     map_linear,
@@ -36,7 +35,6 @@ from lightning_merge.methods.walk import (
     scaled,
     stack_parameter,
 )
-from lightning_merge.runtime import Runtime
 from lightning_merge.states import (
     STATISTIC_SUFFIXES,
     StateDict,
@@ -345,70 +343,11 @@ class _BoundToBlocks(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         rows = list(experts.reshape(len(experts), -1))
-        block = self.merger(name)(name, 0, base.reshape(-1), rows)
-        return block.view(base.shape)
+        merge = self.merger(name)
+        merged = merge(name, 0, base.reshape(-1), rows)
+        if isinstance(merge, SettledMerge):
+            merge.settle(merged)
+        return merged.view(base.shape)
 
     def block_merge(self, name: str) -> BlockMerge:
         return self.merger(name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What a :class:`CalibratedMethod` may ask for: experts that run, and unlabeled inputs."""
-
-    network: Callable[[str], nn.Module]
-    """A fresh copy of a task's own expert with its head, in eval mode on the runtime's device.
-
-    A method that needs the network with other weights fills such a copy."""
-    head: str
-    """Dotted path of the head in every network."""
-    inputs: Mapping[str, CalibrationInputs]
-    """Unlabeled inputs by task."""
-    runtime: Runtime = field(default_factory=Runtime)
-    """This process's place among those that share the work; ``reduce`` sums over them."""
-    batch_size: int = 128
-    """Samples a forward pass, of all processes together one batch after the other."""
-
-    def slices(self, task: str) -> list[slice]:
-        """This process's batches of a task, as slices of samples, none repeated, none padded."""
-        return list(self.runtime.share(self.inputs[task].batches(self.batch_size)))
-
-    def batches(self, task: str) -> Iterator[Any]:
-        """This process's batches of a task, on the device; run them by ``call_network``."""
-        for rows in self.slices(task):
-            yield self.runtime.to_device(self.inputs[task][rows])
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibratedMethod(MergeMethod):
-    """A method that looks at unlabeled calibration inputs, or at gradients on them."""
-
-    @abstractmethod
-    def merge(
-        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
-    ) -> dict[str, Tensor]:
-        """Merge the experts into one state dict; arguments and result as in ``WeightMethod``."""
-
-    def outcome(
-        self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration
-    ) -> Outcome:
-        """Merge as :meth:`merge` does, and give what the method found for the merged record.
-
-        A method with something to tell has its own; by default there is nothing but the weights.
-        """
-        return Outcome(state=self.merge(base, experts, calibration))
-
-    def known_treatment(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTreatment:
-        """What an entry will get, as far as that is known without a pass: for the dry run.
-
-        Args:
-            name: The entry's name.
-            shape: Its shape.
-            kind: ``"floating"`` or ``"integer"``, see :func:`lightning_merge.states.kind_of`.
-        """
-        return "unknown"
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether calibration inputs of every task must be there."""
-        return True

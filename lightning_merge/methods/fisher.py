@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_merge.functional.fisher import fisher_terms
 from lightning_merge.functional.seeds import seed_of
-from lightning_merge.methods.base import CalibratedMethod, Calibration
+from lightning_merge.methods.calibrated import CalibratedMethod, Calibration
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.methods.parts import (
     check_finite_inputs,

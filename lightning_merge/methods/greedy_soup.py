@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.functional.soup import agreement, greedy_members, mean_with
-from lightning_merge.methods.base import CalibratedMethod, Calibration
+from lightning_merge.methods.calibrated import CalibratedMethod, Calibration
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment, as_plain
 from lightning_merge.methods.parts import check_finite_inputs, check_inputs
 from lightning_merge.networks import (

@@ -1,6 +1,7 @@
 """The solution of one layer: ridge, coefficients, and whether they beat the heuristics."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -158,3 +159,27 @@ def _guarded(inputs: LayerInputs, update: Tensor, error: float) -> tuple[str, Te
     if errors[best] < error:
         return best, inputs.heuristics[best]
     return "solution", update
+
+
+def warn_of_reports(reports: Sequence[LayerReport], basis: BasisName, ridge: Ridge) -> None:
+    """Name the layers whose samples were too few to choose a ridge, or to fix all coefficients."""
+    few = [r for r in reports if r.ridge_source == "too few samples"]
+    if few:
+        warnings.warn(
+            f"ridge='auto' cannot be chosen for {len(few)} layers, whose samples are too few "
+            f"for their unknowns, and is the default there: "
+            f"{', '.join(f'{r.name} ({r.ridge:g})' for r in few[:5])}. Give more calibration "
+            "inputs, or a ridge.",
+            stacklevel=4,
+        )
+    lacking = [r for r in reports if 0 <= r.rank < r.unknowns]
+    if basis in FREE and ridge != 0:
+        return  # the ridge settles what the inputs leave open
+    if lacking:
+        shown = ", ".join(f"{r.name} (rank {r.rank} of {r.unknowns})" for r in lacking[:5])
+        warnings.warn(
+            f"{len(lacking)} layers do not determine all of their coefficients; those nearest "
+            f"to the average were taken: {shown}. Elements are collinear, or there are too "
+            "few calibration samples.",
+            stacklevel=4,
+        )

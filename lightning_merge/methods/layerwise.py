@@ -18,7 +18,8 @@ from lightning_merge.layers.statistics import LayerSums
 from lightning_merge.layers.streams import CacheOptions, Stream
 from lightning_merge.layers.tracing import Group, Trace, trace
 from lightning_merge.methods.average import Average
-from lightning_merge.methods.base import Calibration, WeightMethod
+from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.calibrated import Calibration
 from lightning_merge.networks import load_backbone, named_state
 from lightning_merge.runtime import Runtime
 from lightning_merge.states import StateDict, check_compatible, tied_names

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lightning_merge.methods.base import CalibratedMethod
+    from lightning_merge.methods.calibrated import CalibratedMethod
 
 PlannedTreatment: TypeAlias = Literal["method", "mean", "average", "fallback", "base", "unknown"]
 """What an entry of a state dict gets: see ``methods/plan.py``."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.functional.sums import fold_of
-from lightning_merge.methods.base import Calibration
+from lightning_merge.methods.calibrated import Calibration
 from lightning_merge.networks import call_network, get_submodule, recording, set_submodule
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-from lightning_merge.methods.base import CalibratedMethod, WeightMethod
+from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.calibrated import CalibratedMethod
 from lightning_merge.methods.outcome import PlannedTreatment
 from lightning_merge.methods.rules import coefficients_of
 from lightning_merge.states import (

@@ -1,7 +1,6 @@
 """Output-space projection: merging as least squares on what the layers put out."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
@@ -26,13 +25,15 @@ from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import LayerSums, Sampling
 from lightning_merge.layers.streams import CacheOptions
 from lightning_merge.methods.average import Average
-from lightning_merge.methods.base import CalibratedMethod, Calibration, WeightMethod
+from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.calibrated import CalibratedMethod, Calibration
 from lightning_merge.methods.layer_outcome import known_of_layer, layer_outcome
 from lightning_merge.methods.layer_solution import (
     LayerInputs,
     LayerOptions,
     LayerReport,
     solve_layer,
+    warn_of_reports,
 )
 from lightning_merge.methods.layerwise import LayerWalk
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment
@@ -301,7 +302,7 @@ class _Solver:
             if best is None or error < best[0]:
                 state = {name: value.clone() for name, value in walk.finished().items()}
                 best = (error, state, self.reports)
-        self._warn()
+        warn_of_reports(self.reports, method.basis, method.ridge)
         return (walk.finished(), self.reports) if best is None else best[1:]
 
     def parallel(
@@ -319,7 +320,7 @@ class _Solver:
         for site in walk.sites:
             problem = walk.problem(site, statistics[site.name])
             walk.write(problem, self.solve(problem, shared))
-        self._warn()
+        warn_of_reports(self.reports, self.method.basis, self.method.ridge)
         return walk.finished(), self.reports
 
     def solve(self, problem: LayerProblem, shared: Shared | None = None) -> Tensor:
@@ -388,25 +389,3 @@ class _Solver:
             preference=self.preference,
             observations=problem.observations(weights),
         )
-
-    def _warn(self) -> None:
-        few = [r for r in self.reports if r.ridge_source == "too few samples"]
-        if few:
-            warnings.warn(
-                f"ridge='auto' cannot be chosen for {len(few)} layers, whose samples are too few "
-                f"for their unknowns, and is the default there: "
-                f"{', '.join(f'{r.name} ({r.ridge:g})' for r in few[:5])}. Give more calibration "
-                "inputs, or a ridge.",
-                stacklevel=4,
-            )
-        lacking = [r for r in self.reports if 0 <= r.rank < r.unknowns]
-        if self.method.basis in FREE and self.method.ridge != 0:
-            return  # the ridge settles what the inputs leave open
-        if lacking:
-            shown = ", ".join(f"{r.name} (rank {r.rank} of {r.unknowns})" for r in lacking[:5])
-            warnings.warn(
-                f"{len(lacking)} layers do not determine all of their coefficients; those nearest "
-                f"to the average were taken: {shown}. Elements are collinear, or there are too "
-                "few calibration samples.",
-                stacklevel=4,
-            )

@@ -15,7 +15,7 @@ from lightning_merge.layers.problem import LayerProblem
 from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import Sampling
 from lightning_merge.methods.average import Average
-from lightning_merge.methods.base import CalibratedMethod, Calibration
+from lightning_merge.methods.calibrated import CalibratedMethod, Calibration
 from lightning_merge.methods.layer_outcome import known_of_layer, layer_outcome
 from lightning_merge.methods.layer_solution import LayerReport
 from lightning_merge.methods.layerwise import LayerWalk

@@ -129,3 +129,11 @@ def test_cancelled_entries_of_every_block_are_settled(most):
     assert torch.equal(merged, expected)
     tied = TIES(density=1.0, scope="tensor").merge(base, experts)["w"]
     assert torch.equal(merged, tied)
+
+
+def test_a_parameter_merged_as_one_tensor_is_settled_too():
+    base = torch.zeros(4)
+    experts = torch.tensor([[-1.0, -1.0, -1.0, 2.0], [-1.0, -1.0, -1.0, -2.0]])
+    method = DARE(density=1.0, combine="ties", scale=1.0)
+    bound = method.bind({"w": base}, {"a": {"w": experts[0]}, "b": {"w": experts[1]}})
+    assert bound.merge_tensor("w", base, experts).tolist() == [-1.0, -1.0, -1.0, -2.0]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.methods.base import Calibration
+from lightning_merge.methods.calibrated import Calibration
 from lightning_merge.networks import (
     call_network,
     get_submodule,

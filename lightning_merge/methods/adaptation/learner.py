@@ -17,7 +17,7 @@ from lightning_merge.methods.adaptation.forward import SharedNetwork
 from lightning_merge.methods.adaptation.gradients import MergedWeights, Sums, TaskBatch, sums_of
 from lightning_merge.methods.adaptation.sampling import rows_of
 from lightning_merge.methods.adaptation.state import LearningState, adam_step
-from lightning_merge.methods.base import Calibration
+from lightning_merge.methods.calibrated import Calibration
 from lightning_merge.networks import call_network, logits_of, named_state, plain_copy
 from lightning_merge.runtime import PeakMemory
 from lightning_merge.states import STATISTIC_SUFFIXES

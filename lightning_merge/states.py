@@ -80,8 +80,12 @@ class LazyStateDict(Described):
         return tuple(self._file.get_slice(name).get_shape())
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        """A slice of one tensor along its first dimension, without reading the rest."""
-        return self._file.get_slice(name)[rows]
+        """A slice of one tensor along its first dimension, without reading the rest.
+
+        It has memory of its own: where the mapped values begin depends on the length of the file's
+        header, and some matrix products round by that, so equal inputs would give unequal features.
+        """
+        return self._file.get_slice(name)[rows].clone()
 
     def kind(self, name: str) -> str:
         """Kind of one tensor, as :func:`kind_of` gives it, from the header alone."""

@@ -128,3 +128,15 @@ def test_check_finite():
 def test_finite_values_of_eight_bits_are_an_error_too():
     with pytest.raises(ValueError, match=r"the base: parameter 'w' is of torch.float8_e5m2.*conv"):
         check_finite("w", "the base", torch.zeros(3).to(torch.float8_e5m2))
+
+
+def test_results_do_not_depend_on_the_length_of_a_header(tmp_path):
+    inputs = torch.randn(301, 6, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    expected = [part @ weight.T for part in inputs.split(8)]
+    for number in range(0, 64, 8):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"inputs": inputs}, path, metadata={"seconds": "0" * number})
+        state = LazyStateDict(path)
+        for at, features in zip(range(0, 301, 8), expected, strict=True):
+            assert torch.equal(state.rows("inputs", slice(at, at + 8)) @ weight.T, features)

@@ -50,9 +50,9 @@ class Row:
 
 
 ROWS = {
-    "average": Row("average, in memory", "average", 12),
-    "task_arithmetic": Row("task arithmetic, in memory", "task_arithmetic", 12),
-    "linear": Row("linear merge, file to file", "linear", 12),
+    "average": Row("average, in memory", "average", 12, rounds=9),
+    "task_arithmetic": Row("task arithmetic, in memory", "task_arithmetic", 12, rounds=9),
+    "linear": Row("linear merge, file to file", "linear", 12, rounds=9),
     "ties": Row("TIES top 20 %, 2 of 12 blocks", "ties", 2),
     "dare_ties": Row("DARE-TIES, 2 blocks", "dare_ties", 2),
     "tsv": Row("TSV-M, 2 blocks", "tsv", 2),
@@ -153,9 +153,11 @@ def compare(key: str, folder: Path, options: argparse.Namespace) -> list[list[st
                 runner.failure = str(error)
         for runner in runners.values():
             runner.growth = 0.0
+        turns = list(runners.values())
         for _ in range(row.rounds or options.rounds):
-            for runner in runners.values():
+            for runner in turns:
                 take_turn(runner, options.limit)
+            turns = [*turns[1:], turns[0]]  # nobody always comes after the same one
         return [line(row, name, runner, runners["ours"]) for name, runner in runners.items()]
     finally:
         for runner in runners.values():

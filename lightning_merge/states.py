@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 StateDict: TypeAlias = Mapping[str, Tensor]
+
+Layout: TypeAlias = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and kind of every tensor of a state dict."""
 
 STATISTIC_SUFFIXES = ("running_mean", "running_var")
 """Last name part of floating buffers that are averaged, never extrapolated: variances stay >= 0."""
@@ -140,9 +143,10 @@ def kind_of(state: StateDict, name: str) -> str:
     The last are ``"complex"``, ``"sparse"``, ``"quantized"``, ``"float8"`` (or narrower) and
     ``"meta"`` (no values).
     """
-    if isinstance(state, Described):
-        return state.kind(name)
-    tensor = state[name]
+    return state.kind(name) if isinstance(state, Described) else _kind(state[name])
+
+
+def _kind(tensor: Tensor) -> str:
     if tensor.layout is not torch.strided:
         return "sparse"
     if tensor.is_meta:
@@ -182,18 +186,20 @@ def check_compatible(base: StateDict, experts: Mapping[str, StateDict]) -> None:
     """
     if not experts:
         raise ValueError("no experts: a merge needs at least one expert.")
+    expected = _layout(base)
     problems = [
         f"the base: {_listed(f'{kind}, which cannot be merged', names)}"
-        for kind, names in _unmergeable(base).items()
+        for kind, names in _unmergeable(expected).items()
     ]
     ties = tied_names(base)
-    for task, expert in experts.items():
+    layouts = {task: _layout(expert) for task, expert in experts.items()}
+    for task, layout in layouts.items():
         found = {
-            "missing": [name for name in base if name not in expert],
-            "not in the base": [name for name in expert if name not in base],
-            "of another shape than in the base": _differences(base, expert, shape_of),
-            "of another kind than in the base": _differences(base, expert, kind_of),
-            "different though the base ties them": _torn_ties(ties, expert),
+            "missing": [name for name in expected if name not in layout],
+            "not in the base": [name for name in layout if name not in expected],
+            "of another shape than in the base": _differences(expected, layout, 0),
+            "of another kind than in the base": _differences(expected, layout, 1),
+            "different though the base ties them": _torn_ties(ties, experts[task]),
         }
         problems += [
             f"expert '{task}': {_listed(what, names)}" for what, names in found.items() if names
@@ -202,31 +208,34 @@ def check_compatible(base: StateDict, experts: Mapping[str, StateDict]) -> None:
         raise ValueError(
             "; ".join(problems)
             + ". Experts must be fine-tuned from this base; merge the backbone only."
-            + (f" {NARROW}" if _any_narrow([base, *experts.values()]) else "")
+            + (f" {NARROW}" if _any_narrow([expected, *layouts.values()]) else "")
         )
+
+
+def _layout(state: StateDict) -> Layout:
+    if isinstance(state, Described):
+        return {name: (state.shape(name), state.kind(name)) for name in state}
+    return {name: (tuple(tensor.shape), _kind(tensor)) for name, tensor in state.items()}
 
 
 def _is_narrow(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() == 1
 
 
-def _any_narrow(states: Sequence[StateDict]) -> bool:
-    return any(kind_of(state, name) == "float8" for state in states for name in state)
+def _any_narrow(layouts: Sequence[Layout]) -> bool:
+    return any(kind == "float8" for layout in layouts for _, kind in layout.values())
 
 
-def _unmergeable(state: StateDict) -> dict[str, list[str]]:
+def _unmergeable(layout: Layout) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {}
-    for name in state:
-        kind = kind_of(state, name)
+    for name, (_, kind) in layout.items():
         if kind not in ("floating", "integer"):
             kinds.setdefault(kind, []).append(name)
     return kinds
 
 
-def _differences(
-    base: StateDict, expert: StateDict, trait: Callable[[StateDict, str], object]
-) -> list[str]:
-    both = [(name, trait(expert, name), trait(base, name)) for name in base if name in expert]
+def _differences(base: Layout, expert: Layout, trait: int) -> list[str]:
+    both = [(name, expert[name][trait], base[name][trait]) for name in base if name in expert]
     return [
         f"'{name}' {found} vs {expected}" for name, found, expected in both if found != expected
     ]

@@ -1,6 +1,8 @@
 """Weighted average of weights (Wortsman et al., ICML 2022, arXiv:2203.05482)."""
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache, reduce
 
 import torch
 from jaxtyping import Float
@@ -16,8 +18,10 @@ def average(
 
     .. math:: \theta_m = \sum_t w_t\,\theta_t \big/ \sum_t w_t
 
-    The sum runs in float32 or wider, the dtype of the result, which has its own memory.
-    Experts that agree in an entry keep it up to rounding.
+    The average runs: every expert moves it by its share of the weights so far,
+    :math:`m \leftarrow m + \tfrac{w_t}{\sum_{s \le t} w_s}(\theta_t - m)`, so entries in which all
+    experts agree are kept bit for bit. It runs in float32 or wider, the dtype of the result, which
+    has its own memory.
 
     Args:
         experts: Fine-tuned values in the caller's order, stacked or in a sequence. One expert
@@ -29,9 +33,24 @@ def average(
         >>> average(torch.tensor([[0.0, 2.0], [4.0, 4.0]]), torch.tensor([3.0, 1.0]))
         tensor([1.0000, 2.5000])
     """
-    dtype = torch.promote_types(experts[0].dtype, torch.float32)
-    shares = (weights.double() / weights.double().sum()).tolist()
-    total = torch.mul(experts[0].to(dtype), shares[0], out=out)
-    for expert, share in zip(experts[1:], shares[1:], strict=True):
-        total.add_(expert.to(dtype), alpha=share)
-    return total
+    dtype = reduce(torch.promote_types, {expert.dtype for expert in experts}, torch.float32)
+    order, shares = _running(tuple(weights.tolist()))
+    total = torch.empty_like(experts[0], dtype=dtype) if out is None else out
+    if len(order) == 1:
+        return total.copy_(experts[0])
+    mean = experts[order[0]].to(dtype)
+    for t, share in zip(order[1:], shares[1:], strict=True):
+        mean = torch.lerp(mean, experts[t].to(dtype), share, out=total)
+    return mean
+
+
+@lru_cache(maxsize=256)
+def _running(weights: tuple[float, ...]) -> tuple[list[int], list[float]]:
+    """An order of the weights, and the share of each among those up to it.
+
+    Weights of the sum's sign come first, so that no sum on the way is zero or crosses it.
+    """
+    sign = 1.0 if math.fsum(weights) > 0 else -1.0
+    order = sorted(range(len(weights)), key=lambda t: sign * weights[t] <= 0)
+    sums = [math.fsum(weights[t] for t in order[: k + 1]) for k in range(len(order))]
+    return order, [weights[t] / total for t, total in zip(order, sums, strict=True)]

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_merge.functional.average import average
+
 
 def task_arithmetic(
     base: Float[Tensor, "*shape"],
@@ -17,7 +19,10 @@ def task_arithmetic(
 
     .. math:: \theta_m = \theta_0 + \sum_t \lambda_t\,(\theta_t - \theta_0)
 
-    The sum runs in float32 or wider; the result has the dtype of ``base`` and its own memory.
+    That is the weighted average of base and experts in which the base has the weight
+    :math:`1 - \sum_t \lambda_t`, and is computed as such: one pass over each. It runs in float32 or
+    wider; the result has the dtype of ``base`` and its own memory. Entries that no expert has
+    changed are the base's, bit for bit.
 
     Args:
         base: Pre-trained value :math:`\theta_0`.
@@ -29,14 +34,9 @@ def task_arithmetic(
         >>> task_arithmetic(torch.zeros(2), torch.eye(2), torch.tensor([0.5, 0.25]))
         tensor([0.5000, 0.2500])
     """
-    dtype = torch.promote_types(torch.promote_types(base.dtype, experts[0].dtype), torch.float32)
-    origin = base.to(dtype)
-    update = torch.empty_like(origin) if out is None else out
-    task_vector, weights = torch.empty_like(origin), coefficients.tolist()
-    torch.mul(torch.sub(experts[0].to(dtype), origin, out=task_vector), weights[0], out=update)
-    for expert, weight in zip(experts[1:], weights[1:], strict=True):
-        update.add_(torch.sub(expert.to(dtype), origin, out=task_vector), alpha=weight)
-    return update.add_(origin).to(base.dtype)
+    weights = coefficients.double()
+    weights = torch.cat([1.0 - weights.sum(0, keepdim=True), weights])
+    return average([base, *experts], weights, out=out).to(base.dtype)
 
 
 def task_vectors_of(

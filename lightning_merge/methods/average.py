@@ -20,10 +20,9 @@ from lightning_merge.states import StateDict
 @final
 @dataclass(frozen=True, kw_only=True)
 class Average(WeightMethod):
-    """Averages the experts; the base does not enter.
+    """Averages the experts; the base gives names, shapes and dtypes, and its values do not enter.
 
-    So experts that all equal the base give it up to the rounding of the sum, in float32 or wider,
-    where methods of task vectors give its bits: comparing with the base would cost a pass.
+    So they are not read, and not checked. Entries in which all experts agree are kept bit for bit.
     """
 
     weights: dict[str, float] | None = None
@@ -51,7 +50,7 @@ class Average(WeightMethod):
 
     def linear_merge(self, name: str) -> LinearMerge:
         """See ``WeightMethod.linear_merge``."""
-        return LinearMerge(self._write, with_base=False)
+        return self._write
 
     def merge_low_rank(
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]

@@ -1,7 +1,7 @@
 """Experts that are the base plus low-rank updates: their factors, and merging with them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,13 +13,9 @@ from lightning_merge.states import StateDict, check_finite
 LowRankMerge: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor | None]
 """Merges the factors of one matrix into its update."""
 
-
-@runtime_checkable
-class LowRankState(Protocol):
-    """An expert that gives its updates as factors, such as a LoRA adapter."""
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """``(out, rank)`` and ``(rank, in)`` of one parameter's update; None: it has no such."""
+FactorsOf: TypeAlias = Callable[[str], tuple[Tensor, Tensor] | None]
+"""Method ``factors`` of an expert that gives its updates as such, as a LoRA adapter does:
+``(out, rank)`` and ``(rank, in)`` of one parameter's update, or None where it has no such."""
 
 
 def low_rank_factors(
@@ -38,7 +34,8 @@ def low_rank_factors(
     """
     ups, downs = [], []
     for (task, expert), coefficient in zip(experts.items(), coefficients, strict=True):
-        factors = expert.factors(name) if isinstance(expert, LowRankState) else None
+        factors_of: FactorsOf | None = getattr(expert, "factors", None)
+        factors = factors_of(name) if factors_of else None
         if factors is None:
             return None
         for factor in factors:

@@ -53,7 +53,7 @@ class TaskArithmetic(WeightMethod):
 
     def linear_merge(self, name: str) -> LinearMerge:
         """See ``WeightMethod.linear_merge``."""
-        return LinearMerge(self._write, with_base=True)
+        return self._write
 
     def merge_low_rank(
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]

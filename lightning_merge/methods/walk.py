@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias, final, overload
+from typing import Literal, TypeAlias, final, overload
 
 import torch
 from torch import Tensor
@@ -32,18 +32,13 @@ class SettledMerge(ABC):
         """Correct the merged parameter, flat, in place: now all of it has been seen."""
 
 
-LINEAR_BLOCK = 1 << 19
+LINEAR_BLOCK = 1 << 20
 """Entries of a linear combination at once: it stays in the cache, and is worth all cores."""
 
 
-class LinearMerge(NamedTuple):
-    """A linear combination of flat blocks."""
-
-    write: Callable[[Tensor, Tensor, Sequence[Tensor]], None]
-    """Writes the merged block ``(n,)``, its first argument, from the base and the experts. Every
-    NaN and infinity of the experts, and of the base if it takes part, shows in the result."""
-    with_base: bool
-    """Whether the base takes part."""
+LinearMerge: TypeAlias = Callable[[Tensor, Tensor, Sequence[Tensor]], None]
+"""Writes a linear combination of flat blocks into its first argument ``(n,)``, from the base and
+the experts. Every NaN and infinity of what it reads shows in the result."""
 
 
 RowMerge: TypeAlias = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
@@ -211,8 +206,8 @@ def map_linear(
         part = slice(start, start + LINEAR_BLOCK)
         origin, rows = blocks.read(part)
         merged = blocks.merged[part]
-        function.write(merged, origin, rows)
-        if not _finite(merged) or not (function.with_base or _finite(origin)):
+        function(merged, origin, rows)
+        if not _finite(merged):
             blocks.check_each()
     return blocks.merged.view(base.shape)
 

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lightning_merge.functional.average import average
 from lightning_merge.methods import Average
 from tests.methods.models import flat, model_sets, models
 
@@ -28,12 +29,27 @@ def test_one_expert_is_returned_bitwise(data):
     assert all(torch.equal(merged[n], experts["task0"][n]) for n in base)
 
 
-@given(data=model_sets(max_experts=1), copies=st.integers(2, 6))
-def test_identical_experts_are_returned(data, copies):
+@given(
+    data=model_sets(max_experts=1),
+    raw=st.lists(st.floats(-1, 5).filter(bool), min_size=2, max_size=6),
+)
+def test_identical_experts_are_returned_bitwise(data, raw):
+    assume(abs(sum(raw)) > 1e-3)
     base, experts = data
-    merged = Average().merge(base, {f"copy{i}": experts["task0"] for i in range(copies)})
-    for name in base:
-        torch.testing.assert_close(merged[name], experts["task0"][name], rtol=1e-6, atol=1e-9)
+    weights = {f"copy{i}": weight for i, weight in enumerate(raw)}
+    merged = Average(weights=weights).merge(base, dict.fromkeys(weights, experts["task0"]))
+    assert all(torch.equal(merged[name], experts["task0"][name]) for name in base)
+
+
+@given(raw=st.lists(st.floats(-2, 2), min_size=2, max_size=5))
+def test_weights_of_any_sign(raw):
+    total = sum(raw)
+    assume(abs(total) > 0.05)
+    rows = torch.randn(len(raw), 7, generator=torch.Generator().manual_seed(0))
+    expected = np.average(rows.double().numpy(), axis=0, weights=raw)
+    slack = 1e-6 * sum(map(abs, raw)) / abs(total)
+    found = average(rows, torch.tensor(raw, dtype=torch.float64))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5 * slack)
 
 
 def test_weights_follow_names_not_order():

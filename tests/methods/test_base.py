@@ -182,6 +182,9 @@ def test_non_finite_values_name_owner_and_parameter(method, place, value):
     base, experts = models(2)
     state = base if place == "base" else experts["task1"]
     state["fc.weight"][2, 3] = value
+    if place == "base" and isinstance(method, Average):  # its values do not enter
+        assert all(bool(tensor.isfinite().all()) for tensor in method.merge(base, experts).values())
+        return
     owner = "the base" if place == "base" else "expert 'task1'"
     with pytest.raises(ValueError, match=f"{owner}: parameter 'fc.weight' holds 1 non-finite"):
         method.merge(base, experts)

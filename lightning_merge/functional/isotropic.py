@@ -1,16 +1,25 @@
 """Iso-C and Iso-CTS: merging with a flat spectrum (Marczak et al., ICML 2025, 2502.04959)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_merge.functional.lora import lora_factors, sum_factors
 from lightning_merge.functional.parallel import map_on_cores
-from lightning_merge.functional.spectral import Factors, leading_triplets, polar_and_values
+from lightning_merge.functional.spectral import (
+    Factors,
+    gram,
+    inverse_root,
+    is_orthonormal,
+    leading_eigenpairs,
+    leading_triplets,
+    polar_and_values,
+)
 from lightning_merge.functional.task_arithmetic import summed
-from lightning_merge.functional.tsv import Matrices, joined, merge_factors
+from lightning_merge.functional.tsv import Matrices, joined
 
 
 def iso_c(task_vectors: Matrices, rank_tol: float = 1e-5) -> Float[Tensor, "m n"]:
@@ -72,12 +81,13 @@ def iso_cts(
     shared_rank = size - own * len(task_vectors)
     total = summed(task_vectors)
     common = leading_triplets(total, shared_rank, rank_tol)
-    parts = map_on_cores(
-        partial(_outside, common=common, rank=own, rank_tol=rank_tol),
-        task_vectors,
-        size=total.numel(),
-    )
-    return _whitened_flat([*parts, common], rcond)
+    outside: Callable[[Tensor], Factors]
+    if total.shape[0] <= total.shape[1]:
+        basis = torch.linalg.qr(common.left, mode="complete").Q[:, len(common.values) :]
+        outside = partial(_within, basis=basis, rank=own, rank_tol=rank_tol)
+    else:
+        outside = partial(_beside, common=common, rank=own, rank_tol=rank_tol)
+    return _whitened_flat(map_on_cores(outside, task_vectors, size=total.numel()), common, rcond)
 
 
 def iso_cts_of_factors(
@@ -101,7 +111,7 @@ def iso_cts_of_factors(
         _factors_outside(up.double(), down.double(), common, own, rank_tol)
         for up, down in zip(ups, downs, strict=True)
     ]
-    return _whitened_flat([*parts, common], rcond)
+    return _whitened_flat(parts, common, rcond)
 
 
 def task_rank(size: int, num_experts: int, common_fraction: float) -> int:
@@ -115,34 +125,67 @@ def task_rank(size: int, num_experts: int, common_fraction: float) -> int:
     return min(round(rest / num_experts), size // num_experts)
 
 
-def _outside(task_vector: Tensor, common: Factors, rank: int, rank_tol: float) -> Factors:
+def _within(task_vector: Tensor, basis: Tensor, rank: int, rank_tol: float) -> Factors:
+    """Leading triplets of a task vector's part in the space of an orthonormal basis."""
     wide = task_vector.double()
-    rest = _beside(wide, common)
-    # what is left of a task vector inside the common space is rounding, however large it looks
-    # beside a rest of zero
-    if float(rest.norm()) <= rank_tol * float(wide.norm()):
-        return Factors(rest[:, :0], rest.new_zeros(0), rest[:0])
-    return leading_triplets(rest, rank, rank_tol)
+    part = basis.t() @ wide
+    if _is_rounding(part.norm(), wide.norm(), rank_tol):
+        return _nothing(wide)
+    found = leading_triplets(part, rank, rank_tol)
+    return found._replace(left=basis @ found.left)
+
+
+def _beside(task_vector: Tensor, common: Factors, rank: int, rank_tol: float) -> Factors:
+    """Leading triplets of a task vector's part outside the common left space.
+
+    For tall matrices: of that part only the Gram matrix is formed, the difference of two.
+    """
+    wide = task_vector.double()
+    part = common.left.t() @ wide
+    whole = gram(wide)
+    rest = whole - gram(part)
+    if _is_rounding(rest.trace().clamp(min=0).sqrt(), whole.trace().sqrt(), rank_tol):
+        return _nothing(wide)
+    eigenvalues, vectors = leading_eigenpairs(rest, rank)
+    values = eigenvalues.clamp(min=0).sqrt()
+    live = values > rank_tol * values[:1]
+    values, vectors = values[live], vectors[:, live]
+    left = (wide @ vectors - common.left @ (part @ vectors)) / values
+    if not is_orthonormal(left):  # a rest of low rank: the difference has its rounding
+        return leading_triplets(wide - common.left @ part, rank, rank_tol)
+    return Factors(left, values, vectors.t())
 
 
 def _factors_outside(
     up: Tensor, down: Tensor, common: Factors, rank: int, rank_tol: float
 ) -> Factors:
-    rest = lora_factors(_beside(up, common), down, rank_tol)
+    rest = lora_factors(up - common.left @ (common.left.t() @ up), down, rank_tol)
     whole = lora_factors(up, down, rank_tol)
-    is_rounding = float(rest.values.norm()) <= rank_tol * float(whole.values.norm())
-    return rest.truncated(0 if is_rounding else rank)
+    nothing = _is_rounding(rest.values.norm(), whole.values.norm(), rank_tol)
+    return rest.truncated(0 if nothing else rank)
 
 
-def _beside(columns: Tensor, common: Factors) -> Tensor:
-    """Columns without their part in the common left space."""
-    return columns - common.left @ (common.left.t() @ columns)
+def _is_rounding(part: Tensor, whole: Tensor, rank_tol: float) -> bool:
+    """Whether a norm is what rounding leaves of a task vector in the common space alone.
+
+    Its directions would be arbitrary, however large they look beside each other.
+    """
+    return float(part) <= rank_tol * float(whole)
 
 
-def _whitened_flat(factors: Sequence[Factors], rcond: float) -> Tensor:
-    """The joint factors, whitened on both sides, all with the mean of their singular values."""
-    everything = joined(factors)
+def _nothing(matrix: Tensor) -> Factors:
+    return Factors(matrix[:, :0], matrix.new_zeros(0), matrix[:0])
+
+
+def _whitened_flat(parts: Sequence[Factors], common: Factors, rcond: float) -> Tensor:
+    """The joint factors, whitened on both sides, all with the mean of their singular values.
+
+    On the left the tasks' own directions are orthogonal to the common ones, which are orthonormal.
+    """
+    own = joined(parts)
+    everything = joined([own, common])
     if not len(everything.values):
         return everything.left.new_zeros(len(everything.left), everything.right.shape[1])
-    flat = everything.values.mean().expand_as(everything.values)
-    return merge_factors([everything._replace(values=flat)], rcond=rcond)
+    left = torch.cat([own.left @ inverse_root(gram(own.left), rcond), common.left], 1)
+    root = inverse_root(gram(everything.right.t()), rcond)
+    return everything.values.mean() * torch.linalg.multi_dot([left, root, everything.right])

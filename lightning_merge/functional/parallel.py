@@ -1,7 +1,7 @@
 """Running independent pieces of work side by side, one core each."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from threading import local
@@ -47,30 +47,37 @@ def map_on_cores(
 
 
 def in_order_on_cores(
-    function: Callable[[Item], Result], items: Iterable[Item]
+    function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]
 ) -> Iterator[Result]:
     """Yield a function's results in the items' order, while those of the next are worked on.
 
-    As many items at once as torch has threads, with torch's own threads set to one meanwhile; as
-    many results again may wait to be taken.
+    As many items at once as torch has threads, with torch's own threads set to one meanwhile. What
+    is begun and not taken is no larger than twice as many items of the largest size, so a reader
+    that is slow does not fill the memory, and small items do not keep a core from the next large
+    one.
 
     Args:
         function: Called from several threads.
         items: Its arguments.
+        sizes: How large the result of each is, in any unit.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or not items:
         yield from map(function, items)
         return
-    waiting: deque[Future[Result]] = deque()
+    begun: deque[tuple[int, Future[Result]]] = deque()
+    held, room = 0, 2 * threads * max(sizes)
     pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for item, size in zip(items, sizes, strict=True):
+            while begun and (held + size > room or begun[0][1].done()):
+                taken, result = begun.popleft()
+                held -= taken
+                yield result.result()
+            begun.append((size, pool.submit(function, item)))
+            held += size
+        while begun:
+            yield begun.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

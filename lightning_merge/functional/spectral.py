@@ -28,10 +28,14 @@ RESIDUAL = 1e-11
 STEPS = 4
 """Refinements before a float64 decomposition takes over; one or two are usual."""
 
-PROBES = 16
+PROBES = 4
 """Random combinations of vectors whose lengths and angles show whether all are orthonormal."""
 
-COLUMNS = 256
+SMALL = 1e-2
+"""Singular values up to this fraction of the largest, whose squares the Gram matrix's rounding
+blurs, are computed again from the matrix itself."""
+
+COLUMNS = 192
 """Width of the blocks of a Gram matrix, of which those above the diagonal are not computed."""
 
 
@@ -74,10 +78,16 @@ def leading_triplets(matrix: Float[Tensor, "m n"], rank: int, rank_tol: float = 
     values = eigenvalues.clamp(min=0).sqrt()
     live = values > rank_tol * values[:1]
     values, vectors = values[live], vectors[:, live]
-    left = (wide @ vectors) / values
-    if not _orthonormal(left):
-        return _by_svd(wide, rank, rank_tol)
-    return Factors(left, values, vectors.t())
+    is_small = values <= SMALL * values[:1]
+    found = _along(wide, values[~is_small], vectors[:, ~is_small])
+    if bool(is_small.any()):
+        small = _within(wide, vectors[:, is_small])
+        found = Factors(
+            torch.cat([found.left, small.left], 1),
+            torch.cat([found.values, small.values]),
+            torch.cat([found.right, small.right]),
+        )
+    return found if is_orthonormal(found.left) else _by_svd(wide, rank, rank_tol)
 
 
 def leading_eigenpairs(
@@ -135,13 +145,32 @@ def polar_and_values(
     eigenvalues, vectors = torch.linalg.eigh(gram(wide))
     values = eigenvalues.clamp(min=0).sqrt()
     live = values > rank_tol * values[-1:]
-    values, vectors = values[live], vectors[:, live]
+    is_small = live & (values <= SMALL * values[-1:])
+    large = vectors[:, live & ~is_small]
     # the small product first: cheaper than left vectors, which nobody asks for
-    polar = wide @ ((vectors / values) @ vectors.t())
-    if not _orthonormal(polar, vectors):
+    polar = wide @ ((large / values[live & ~is_small]) @ large.t())
+    if bool(is_small.any()):
+        small = _within(wide, vectors[:, is_small])
+        polar.addmm_(small.left, small.right)
+        values[is_small] = small.values.flip(0)
+    if not is_orthonormal(polar, vectors[:, live]):
         factors = _by_svd(wide, min(wide.shape), rank_tol)
         return factors.left @ factors.right, factors.values
-    return polar, values.flip(0)
+    return polar, values[live].flip(0)
+
+
+def is_orthonormal(columns: Tensor, within: Tensor | None = None) -> bool:
+    """Whether columns, or the combinations of them in ``within``, are orthonormal.
+
+    Random combinations are mapped there and back: a deviation of one entry of the Gram matrix shows
+    in each of them, at a fraction of its cost.
+    """
+    size = columns.shape[1] if within is None else within.shape[1]
+    # of its own generator: the same check, whatever the state of the global one
+    probes = torch.randn(size, PROBES, generator=torch.Generator().manual_seed(0)).to(columns)
+    probes = probes if within is None else within @ probes
+    back = columns.t() @ (columns @ probes)
+    return size == 0 or float((back - probes).abs().max()) <= CERTIFICATE
 
 
 def _refined(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
@@ -180,21 +209,18 @@ def _refined(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+def _along(wide: Tensor, values: Tensor, vectors: Tensor) -> Factors:
+    """Triplets from singular values and right vectors."""
+    return Factors((wide @ vectors) / values, values, vectors.t())
+
+
+def _within(wide: Tensor, vectors: Tensor) -> Factors:
+    """Triplets of a matrix in the span of some right vectors, by a decomposition of its own."""
+    left, values, turn = torch.linalg.svd(wide @ vectors, full_matrices=False)
+    return Factors(left, values, turn @ vectors.t())
+
+
 def _by_svd(wide: Tensor, rank: int, rank_tol: float) -> Factors:
     left, values, right = torch.linalg.svd(wide, full_matrices=False)
     kept = int((values[:rank] > rank_tol * values[:1]).sum())
     return Factors(left[:, :kept], values[:kept], right[:kept])
-
-
-def _orthonormal(columns: Tensor, within: Tensor | None = None) -> bool:
-    """Whether columns, or the combinations of them in ``within``, are orthonormal.
-
-    Random combinations are mapped there and back: a deviation of one entry of the Gram matrix shows
-    in each of them, at a fraction of its cost.
-    """
-    size = columns.shape[1] if within is None else within.shape[1]
-    # of its own generator: the same check, whatever the state of the global one
-    probes = torch.randn(size, PROBES, generator=torch.Generator().manual_seed(0)).to(columns)
-    probes = probes if within is None else within @ probes
-    back = columns.t() @ (columns @ probes)
-    return size == 0 or float((back - probes).abs().max()) <= CERTIFICATE

@@ -93,7 +93,7 @@ def merge_factors(
 
     roots = map_on_cores(whiten, [left, right.t()], size=len(values) ** 2)
     # the middle is small: cheaper than whitening both factors
-    return left @ ((roots[0] * values) @ roots[1]) @ right
+    return torch.linalg.multi_dot([left, (roots[0] * values) @ roots[1], right])
 
 
 def joined(factors: Sequence[Factors]) -> Factors:

@@ -41,6 +41,7 @@ from lightning_merge.states import (
     check_compatible,
     check_finite,
     kind_of,
+    shape_of,
     tied_names,
 )
 
@@ -118,12 +119,13 @@ class WeightMethod(MergeMethod):
             warnings.warn(message, stacklevel=3)
         method = self.bind(base, experts)
         ties = tied_names(base)
-        own = (name for name in base if name not in ties)
+        own = [name for name in base if name not in ties]
 
         def entry(name: str) -> Tensor:
             return method._merge_entry(name, base[name], experts)
 
-        merges = in_order_on_cores(entry, own) if self.side_by_side else map(entry, own)
+        sizes = [math.prod(shape_of(base, name)) for name in own] if self.side_by_side else []
+        merges = in_order_on_cores(entry, own, sizes) if sizes else map(entry, own)
         shared: dict[str, Tensor] = {}
         for name in base:
             if name in ties:

@@ -49,6 +49,8 @@ class IsoC(MatrixMethod):
 class IsoCTS(MatrixMethod):
     """IsoC with a part of the directions given to the single tasks."""
 
+    side_by_side: ClassVar[bool] = True
+
     scale: float = 1.0
     """Coefficient λ of the update; usually tuned, the paper's lie between 0.9 and 1.5."""
 

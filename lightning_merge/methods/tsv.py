@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from lightning_merge.states import StateDict, shape_of
 @dataclass(frozen=True, kw_only=True)
 class TSVMerge(MatrixMethod):
     """Merges task singular vectors: low-rank updates whose directions are made orthogonal."""
+
+    side_by_side: ClassVar[bool] = True
 
     scale: float = 1.0
     """Coefficient λ of the merged update; 1.0 needs no tuning, the paper tunes it in 0.1 to 3."""

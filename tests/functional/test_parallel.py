@@ -24,7 +24,7 @@ def test_results_come_in_order_and_few_wait(threads):
         time.sleep(0.02 if item == 0 else 0.0)
         return item * item
 
-    found = in_order_on_cores(work, range(20))
+    found = in_order_on_cores(work, range(20), [1] * 20)
     assert next(found) == 0
     time.sleep(0.05)
     assert len(begun) <= 2 * threads + 1  # a reader that is slow does not fill the memory
@@ -33,17 +33,36 @@ def test_results_come_in_order_and_few_wait(threads):
     assert torch.get_num_threads() == threads
 
 
+def test_small_items_do_not_keep_a_core_from_large_ones():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    last = threading.Event()
+
+    def work(item):
+        if item == 0:
+            assert last.wait(10)  # until the other core has come to the second large item
+        if item == 30:
+            last.set()
+        return item
+
+    try:
+        sizes = [100, *[1] * 29, 100]
+        assert list(in_order_on_cores(work, range(31), sizes)) == list(range(31))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_comes_through_and_threads_are_as_before(threads):
     def work(item):
         if item == 3:
             raise ValueError("the fourth")
         return item
 
-    found = in_order_on_cores(work, range(9))
+    found = in_order_on_cores(work, range(9), [1] * 9)
     with pytest.raises(ValueError, match="the fourth"):
         list(found)
     assert torch.get_num_threads() == threads
-    found = in_order_on_cores(work, range(3))
+    found = in_order_on_cores(work, range(3), [1] * 3)
     next(found)
     found.close()  # as a reader that stops early does
     assert torch.get_num_threads() == threads

@@ -66,10 +66,10 @@ def test_gram_matrix_in_blocks():
 
 def test_a_single_wrong_entry_is_seen():
     columns = torch.linalg.qr(torch.randn(60, 40, dtype=torch.float64, generator=seeded(0)))[0]
-    assert spectral._orthonormal(columns)
+    assert spectral.is_orthonormal(columns)
     columns[:, 7] += 1e-5 * columns[:, 3]
-    assert not spectral._orthonormal(columns)
-    assert spectral._orthonormal(columns[:, :0])
+    assert not spectral.is_orthonormal(columns)
+    assert spectral.is_orthonormal(columns[:, :0])
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (20, 20)])
@@ -87,6 +87,20 @@ def test_small_directions_fall_back_to_a_full_decomposition():
     factors = leading_triplets(matrix, 4, rank_tol=1e-10)
     np.testing.assert_allclose(factors.values, values, rtol=1e-6)
     torch.testing.assert_close(factors.left.T @ factors.left, torch.eye(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-5])
+def test_small_directions_need_no_full_decomposition(smallest, monkeypatch):
+    monkeypatch.setattr(spectral, "_by_svd", None)
+    spectrum = np.r_[np.linspace(1, 0.1, 36), 0.009, 0.0007 if smallest < 7e-4 else 0.005, smallest]
+    matrix = with_spectrum(spectrum, 50, len(spectrum))
+    u, s, vh = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    polar, values = spectral.polar_and_values(matrix, 1e-7)
+    np.testing.assert_allclose(polar, u @ vh, atol=1e-8)
+    np.testing.assert_allclose(values, s, rtol=1e-9)
+    factors = leading_triplets(matrix.t(), len(spectrum), 1e-7)
+    np.testing.assert_allclose(factors.left @ factors.right, (u @ vh).T, atol=1e-8)
+    np.testing.assert_allclose(factors.values, s, rtol=1e-9)
 
 
 def test_more_accurate_than_float32():

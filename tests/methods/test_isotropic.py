@@ -63,6 +63,44 @@ def test_iso_cts_against_numpy(num, m, n, seed, fraction):
     np.testing.assert_allclose(found, reference_cts(vectors, fraction), atol=1e-4)
 
 
+def live(matrix, rank):
+    """Leading singular triplets without those of rounding, by NumPy."""
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    rank = min(rank, int((s > 1e-5 * s[0]).sum()))
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def white(columns):
+    """Orthonormal columns nearest to these, on their range."""
+    u, s, vh = np.linalg.svd(columns, full_matrices=False)
+    rank = int((s > 1e-6 * s[0]).sum())
+    return u[:, :rank] @ vh[:rank]
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+@pytest.mark.parametrize("what", ["low rank", "one low rank", "duplicates"])
+def test_iso_cts_where_little_lies_outside_the_common_space(shape, what):
+    vectors = random_matrices(3, *shape, 0).double()
+    low = random_matrices(3, shape[0], 2, 1).double() @ random_matrices(3, 2, shape[1], 2).double()
+    if what == "low rank":
+        vectors = low
+    elif what == "one low rank":
+        vectors[0] = low[0]
+    else:
+        vectors[1] = vectors[2] = vectors[0]
+    own = task_rank(24, 3, 0.5)
+    common = live(vectors.sum(0).numpy(), 24 - 3 * own)
+    parts = []
+    for vector in vectors.numpy():
+        rest = vector - common[0] @ (common[0].T @ vector)
+        if np.linalg.norm(rest) > 1e-5 * np.linalg.norm(vector):
+            parts.append(live(rest, own))
+    left, values, right = zip(*parts, common, strict=True)
+    left, right = white(np.concatenate(left, axis=1)), white(np.concatenate(right).T).T
+    expected = np.concatenate(values).mean() * left @ right
+    np.testing.assert_allclose(iso_cts(vectors, 0.5), expected, atol=1e-6)
+
+
 @given(**SIZES, seed=st.integers(0, 99))
 def test_all_common_is_iso_c(num, m, n, seed):
     vectors = random_matrices(num, m, n, seed)

@@ -33,24 +33,32 @@ def average(
         >>> average(torch.tensor([[0.0, 2.0], [4.0, 4.0]]), torch.tensor([3.0, 1.0]))
         tensor([1.0000, 2.5000])
     """
-    dtype = reduce(torch.promote_types, {expert.dtype for expert in experts}, torch.float32)
-    order, shares = _running(tuple(weights.tolist()))
-    total = torch.empty_like(experts[0], dtype=dtype) if out is None else out
-    if len(order) == 1:
-        return total.copy_(experts[0])
-    mean = experts[order[0]].to(dtype)
-    for t, share in zip(order[1:], shares[1:], strict=True):
-        mean = torch.lerp(mean, experts[t].to(dtype), share, out=total)
+    return running_average(experts, tuple(weights.tolist()), out)
+
+
+def running_average(
+    values: Sequence[Tensor] | Tensor, weights: tuple[float, ...], out: Tensor | None = None
+) -> Tensor:
+    """What :func:`average` computes, from values of any floating-point dtypes."""
+    dtype = reduce(torch.promote_types, {value.dtype for value in values}, torch.float32)
+    first, *others = _shares(weights)
+    total = torch.empty_like(values[0], dtype=dtype) if out is None else out
+    if not others:
+        return total.copy_(values[0])
+    mean = values[first[0]].to(dtype)
+    for t, share in others:
+        value = values[t] if values[t].dtype == dtype else values[t].to(dtype)
+        mean = torch.lerp(mean, value, share, out=total)
     return mean
 
 
 @lru_cache(maxsize=256)
-def _running(weights: tuple[float, ...]) -> tuple[list[int], list[float]]:
-    """An order of the weights, and the share of each among those up to it.
+def _shares(weights: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+    """Indices of the weights, in an order, and the share of each among those up to it.
 
     Weights of the sum's sign come first, so that no sum on the way is zero or crosses it.
     """
     sign = 1.0 if math.fsum(weights) > 0 else -1.0
     order = sorted(range(len(weights)), key=lambda t: sign * weights[t] <= 0)
     sums = [math.fsum(weights[t] for t in order[: k + 1]) for k in range(len(order))]
-    return order, [weights[t] / total for t, total in zip(order, sums, strict=True)]
+    return tuple((t, weights[t] / total) for t, total in zip(order, sums, strict=True))

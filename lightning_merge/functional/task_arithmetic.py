@@ -1,12 +1,13 @@
 """Task arithmetic (Ilharco et al., ICLR 2023, arXiv:2212.04089, Section 2)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_merge.functional.average import average
+from lightning_merge.functional.average import running_average
 
 
 def task_arithmetic(
@@ -34,9 +35,9 @@ def task_arithmetic(
         >>> task_arithmetic(torch.zeros(2), torch.eye(2), torch.tensor([0.5, 0.25]))
         tensor([0.5000, 0.2500])
     """
-    weights = coefficients.double()
-    weights = torch.cat([1.0 - weights.sum(0, keepdim=True), weights])
-    return average([base, *experts], weights, out=out).to(base.dtype)
+    weights = coefficients.tolist()
+    merged = running_average([base, *experts], (1.0 - math.fsum(weights), *weights), out)
+    return merged.to(base.dtype)
 
 
 def task_vectors_of(

@@ -225,21 +225,30 @@ class _Blocks:
         self._name, self._base, self._experts = name, base, experts
         self._values = [expert[name].detach() for expert in experts.values()]
         dtype = _common(self._values)
-        self._rows = [value.reshape(-1).to(base.device, dtype) for value in self._values]
+        self._rows = [_as(value, base.device, dtype).reshape(-1) for value in self._values]
         self._origin = base.reshape(-1)
+        self._plain = all(coefficient == 1.0 for coefficient in coefficients)
         self._coefficients = coefficients
         self.merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
 
     def read(self, part: slice) -> tuple[Tensor, list[Tensor]]:
         """A block of the base, and of each expert, with the coefficients applied."""
-        origin, rows = self._origin[part], [row[part] for row in self._rows]
-        if any(coefficient != 1.0 for coefficient in self._coefficients):
+        origin, rows = self._origin, self._rows
+        if part.start > 0 or part.stop < len(origin):
+            origin, rows = origin[part], [row[part] for row in rows]
+        if not self._plain:
             rows = list(scaled(origin, torch.stack(rows), self._coefficients))
         return origin, rows
 
     def check_each(self) -> None:
         """Raise a ``ValueError`` that names a value that is not finite, if there is one."""
         _check_each(self._name, self._base, self._values, self._experts)
+
+
+def _as(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # the comparison is a tenth of what to() takes where there is nothing to do
+    fits = value.dtype == dtype and value.device == device
+    return value if fits else value.to(device, dtype)
 
 
 def scaled(base: Tensor, experts: Tensor, coefficients: Sequence[float]) -> Tensor:

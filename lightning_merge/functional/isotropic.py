@@ -14,9 +14,9 @@ from lightning_merge.functional.spectral import (
     gram,
     inverse_root,
     is_orthonormal,
-    leading_eigenpairs,
     leading_triplets,
     polar_and_values,
+    right_vectors,
 )
 from lightning_merge.functional.task_arithmetic import summed
 from lightning_merge.functional.tsv import Matrices, joined
@@ -146,10 +146,7 @@ def _beside(task_vector: Tensor, common: Factors, rank: int, rank_tol: float) ->
     rest = whole - gram(part)
     if _is_rounding(rest.trace().clamp(min=0).sqrt(), whole.trace().sqrt(), rank_tol):
         return _nothing(wide)
-    eigenvalues, vectors = leading_eigenpairs(rest, rank)
-    values = eigenvalues.clamp(min=0).sqrt()
-    live = values > rank_tol * values[:1]
-    values, vectors = values[live], vectors[:, live]
+    values, vectors = right_vectors(rest, rank, rank_tol)
     left = (wide @ vectors - common.left @ (part @ vectors)) / values
     if not is_orthonormal(left):  # a rest of low rank: the difference has its rounding
         return leading_triplets(wide - common.left @ part, rank, rank_tol)

@@ -74,10 +74,7 @@ def leading_triplets(matrix: Float[Tensor, "m n"], rank: int, rank_tol: float = 
         left, values, right = leading_triplets(matrix.t(), rank, rank_tol)
         return Factors(right.t(), values, left.t())
     wide = matrix.double()
-    eigenvalues, vectors = leading_eigenpairs(gram(wide), rank)
-    values = eigenvalues.clamp(min=0).sqrt()
-    live = values > rank_tol * values[:1]
-    values, vectors = values[live], vectors[:, live]
+    values, vectors = right_vectors(gram(wide), rank, rank_tol)
     is_small = values <= SMALL * values[:1]
     found = _along(wide, values[~is_small], vectors[:, ~is_small])
     if bool(is_small.any()):
@@ -88,6 +85,19 @@ def leading_triplets(matrix: Float[Tensor, "m n"], rank: int, rank_tol: float = 
             torch.cat([found.right, small.right]),
         )
     return found if is_orthonormal(found.left) else _by_svd(wide, rank, rank_tol)
+
+
+def right_vectors(
+    gram: Float[Tensor, "n n"], rank: int, rank_tol: float = 1e-5
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "n k"]]:
+    """Leading singular values and right vectors of a matrix, from its Gram matrix alone.
+
+    Arguments are those of :func:`leading_triplets`.
+    """
+    eigenvalues, vectors = leading_eigenpairs(gram, rank)
+    values = eigenvalues.clamp(min=0).sqrt()
+    live = values > rank_tol * values[:1]
+    return values[live], vectors[:, live]
 
 
 def leading_eigenpairs(

@@ -109,7 +109,7 @@ class _ElectInBlocks(SettledMerge):
 
     def _elected(self, start: int, base: Tensor, thinned: Tensor, room: Room) -> Tensor:
         update = block_consensus(thinned, "mean", "positive", lambda: 1.0, room)
-        signs = room.narrow(len(base))[0].sign_()
+        signs = room.narrow(len(base))[0].sign_()  # of the sums, which the election leaves there
         total, columns = float(signs.sum()), cancelled(signs, update)
         with self._lock:
             self._signs += total

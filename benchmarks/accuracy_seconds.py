@@ -6,6 +6,7 @@
 import statistics
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,15 +40,17 @@ from lightning_merge.report.pictures import (
 from lightning_merge.selecting import select_merge
 
 PICTURES = Path("docs/pictures")
-SINGLE: dict[str, MergeMethod] = {
-    "average": Average(),
-    "TSV-M": TSVMerge(),
+WEIGHTS_ALONE: dict[str, MergeMethod] = {"average": Average(), "TSV-M": TSVMerge()}
+CLOSED_FORM: dict[str, RegMean | OutputProjection] = {
     "RegMean": RegMean(),
     "RegMean++": RegMean(inputs="merged"),
     "projection, task_global": OutputProjection(basis="task_global", mode="parallel"),
     "projection, task": OutputProjection(basis="task"),
+    "projection, full": OutputProjection(),
 }
 SELECTED = "selection without labels"
+NUMBERED = ("AdaMerging", "RegMean++", "projection, full")
+"""Their points bear the number of steps or inputs."""
 LOSSES = {"AdaMerging": "entropy", "AdaMerging, expert_kl": "expert_kl"}
 STYLES = {
     "average": ("o", MUTED),
@@ -56,21 +59,29 @@ STYLES = {
     "RegMean++": ("^", BLUE),
     "projection, task_global": ("P", "#8A6D00"),
     "projection, task": ("X", ORANGE),
+    "projection, full": ("p", INK),
     SELECTED: ("D", INK),
     "AdaMerging": ("o", RED),
     "AdaMerging, expert_kl": ("o", GREEN),
 }
-Figures = dict[tuple[str, int | None], dict[str, list[float]]]
-"""By method and steps: seconds, and accuracies without and with the default correction."""
+Trial = tuple[str, str]
+"""A method, and its steps or its inputs of a task: ``10 steps``, ``256 inputs``, ``all inputs``."""
+Figures = dict[Trial, dict[str, list[float]]]
+"""Seconds, and accuracies without and with the default correction."""
 
 
-def measure(experts: Experts, steps: list[int], found: Figures) -> None:
+def measure(experts: Experts, steps: list[int], samples: list[int], found: Figures) -> None:
     """Add the figures of one seed."""
     known = references(experts)
-    trials: dict[tuple[str, int | None], MergeMethod] = {(n, None): m for n, m in SINGLE.items()}
+    trials: dict[Trial, MergeMethod] = {(name, ""): m for name, m in WEIGHTS_ALONE.items()}
+    for name, method in CLOSED_FORM.items():
+        for number in samples:
+            trials[name, f"{number} inputs"] = replace(method, samples=number)
+        trials[name, "all inputs"] = method
     for name, loss in LOSSES.items():
         for number in steps:
-            trials[name, number] = AdaMerging(steps=number, loss=loss, patience=None)  # type: ignore[arg-type]
+            method = AdaMerging(steps=number, loss=loss, patience=None)  # type: ignore[arg-type]
+            trials[name, f"{number} steps"] = method
     for key, method in trials.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -84,7 +95,7 @@ def measure(experts: Experts, steps: list[int], found: Figures) -> None:
                 statistics.fmean(merged.scores(correction, equal).values()),
             )
         _add(found, key, values)
-    _add(found, (SELECTED, None), selected(experts))
+    _add(found, (SELECTED, ""), selected(experts))
 
 
 def selected(experts: Experts) -> tuple[float, float, float]:
@@ -109,7 +120,7 @@ def selected(experts: Experts) -> tuple[float, float, float]:
     return seconds, statistics.fmean(scores[0]), statistics.fmean(scores[1])
 
 
-def _add(found: Figures, key: tuple[str, int | None], values: tuple[float, float, float]) -> None:
+def _add(found: Figures, key: Trial, values: tuple[float, float, float]) -> None:
     for name, value in zip(("seconds", "uncorrected", "corrected"), values, strict=True):
         found[key][name].append(value)
     print(key, [round(value, 3) for value in values], flush=True)
@@ -125,29 +136,31 @@ def draw(found: dict[str, Figures], path: Path) -> None:
             tidy(panel)
             for name, (marker, colour) in STYLES.items():
                 points = [
-                    (statistics.fmean(v["seconds"]), statistics.fmean(v[kind]), steps)
-                    for (method, steps), v in figures.items()
+                    (statistics.fmean(v["seconds"]), statistics.fmean(v[kind]), setting)
+                    for (method, setting), v in figures.items()
                     if method == name
                 ]
                 if not points:
                     continue
-                x, y, numbers = zip(*points, strict=True)
+                x, y, settings = zip(*points, strict=True)
                 line = "-" if len(points) > 1 else "none"
                 panel.plot(
                     x, y, marker=marker, color=colour, linestyle=line, label=name, markersize=7,
                     markeredgecolor="white", linewidth=1.2,
                 )  # fmt: skip
-                for a, b, steps in zip(x, y, numbers, strict=True):
-                    if steps is not None and name == "AdaMerging":
+                for a, b, setting in zip(x, y, settings, strict=True):
+                    if name in NUMBERED:
                         panel.annotate(
-                            f"{steps}", (a, b), (0, -11), textcoords="offset points",
+                            setting.split(" ")[0], (a, b), (0, -11), textcoords="offset points",
                             ha="center", fontsize=SMALL - 1, color=MUTED,
                         )  # fmt: skip
             panel.set_xscale("log")
             panel.set_title(f"{suite}, {kind}", fontsize=TEXT, loc="left", color=INK)
             panel.set_ylabel("normalized accuracy, equal preference", fontsize=SMALL)
             if row == 1:
-                panel.set_xlabel("CPU seconds of the merge (numbers: steps)", fontsize=SMALL)
+                panel.set_xlabel(
+                    "CPU seconds of the merge (numbers: steps, inputs)", fontsize=SMALL
+                )
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL
@@ -160,6 +173,7 @@ def main(
     suites: list[str] = ["glyphs-convnext", "glyphs-vit"],  # noqa: B006
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     steps: list[int] = [10, 30, 100, 300],  # noqa: B006
+    samples: list[int] = [256],  # noqa: B006
     root: str = str(ROOT),
     output: str = "accuracy_seconds",
 ) -> None:
@@ -169,6 +183,7 @@ def main(
         suites: Which suites.
         seeds: Which seeds.
         steps: Numbers of steps of AdaMerging.
+        samples: Numbers of inputs of a task for the closed-form ways, besides all there are.
         root: Where the experts are, or will be.
         output: Another name of both files, without their endings.
     """
@@ -178,7 +193,7 @@ def main(
         found[suite] = defaultdict(lambda: defaultdict(list))
         for seed in seeds:
             print(f"{suite}, seed {seed}", flush=True)
-            measure(build(suite, seed, Path(root)), steps, found[suite])
+            measure(build(suite, seed, Path(root)), steps, samples, found[suite])
             draw(found, PICTURES / f"{output}.png")
             _write(found, seeds, output)
 
@@ -189,22 +204,23 @@ def _write(found: dict[str, Figures], seeds: list[int], output: str) -> None:
         "correction and with the default one, and CPU seconds of the merge on one thread (of the "
         "selection: of all candidates, their passes over the calibration inputs included; its "
         "correction is the one it chose). Mean ± standard deviation over the seeds. AdaMerging's "
-        "steps are of 16 samples a task. The share is of the seconds of the longest AdaMerging.",
+        "steps are of 16 samples a task; all inputs are those of the pool, up to 2,000 a task. The "
+        "share is of the seconds of the longest AdaMerging.",
         f"![Accuracy against seconds](../pictures/{output}.png)",
     ]
     for suite, figures in found.items():
         longest = max(
-            statistics.fmean(v["seconds"]) for (_, steps), v in figures.items() if steps is not None
+            statistics.fmean(v["seconds"]) for (name, _), v in figures.items() if name in LOSSES
         )
         rows = [
             [
-                name if steps is None else f"{name}, {steps} steps",
+                ", ".join(filter(None, trial)),
                 mean_and_spread(v["uncorrected"]),
                 mean_and_spread(v["corrected"]),
                 mean_and_spread(v["seconds"], 2),
                 f"{100 * statistics.fmean(v['seconds']) / longest:.1f} %",
             ]
-            for (name, steps), v in figures.items()
+            for trial, v in figures.items()
         ]
         header = ["method", "uncorrected", "corrected", "seconds", "share"]
         sections += [f"## {suite}", table(header, rows)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.files import write_tensors
+from lightning_merge.functional.spread import evenly_spread
 from lightning_merge.states import LazyStateDict
 
 SINGLE = "inputs"
@@ -60,7 +61,7 @@ class CalibrationInputs:
             raise ValueError(f"num_samples={number}: expected at least 1, or null for all.")
         if number >= len(self):
             return self
-        return CalibrationInputs(_named(self.take(torch.arange(number) * len(self) // number)))
+        return CalibrationInputs(_named(self.take(evenly_spread(len(self), number))))
 
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Slices of ``batch_size`` samples that cover all of them; the last may be shorter."""

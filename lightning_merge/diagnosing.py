@@ -17,7 +17,7 @@ from lightning_merge.layers.collecting import Collecting
 from lightning_merge.layers.sites import Kind
 from lightning_merge.layers.statistics import Sampling
 from lightning_merge.merge_errors import MergeError, merge_errors
-from lightning_merge.merging import MergeInputs, calibration_for
+from lightning_merge.merging import calibration_for
 from lightning_merge.methods import Average, TaskArithmetic, WeightMethod
 from lightning_merge.methods.buffers import knowing_buffers
 from lightning_merge.methods.layer_diagnosis import (
@@ -247,8 +247,7 @@ def diagnose_experts(
         batch_size=batch_size,
         runtime=runtime or Runtime(device=torch.device(device or "cpu")),
     )
-    if num_samples is not None:
-        given = _with_fewer(given, num_samples)
+    given = replace(given, calibration=given.calibration.with_at_most(num_samples))
     walk = LayerWalk(
         given.base,
         given.experts,
@@ -274,11 +273,6 @@ def diagnose_experts(
     )
     merges = merge_errors(given, {"base": given.base, **states})
     return Diagnosis(tasks=names, layers=found, left=walk.found.left, merges=merges)
-
-
-def _with_fewer(given: MergeInputs, num_samples: int) -> MergeInputs:
-    inputs = {task: x.spread(num_samples) for task, x in given.calibration.inputs.items()}
-    return replace(given, calibration=replace(given.calibration, inputs=inputs))
 
 
 def _plain(value: Any) -> Any:

@@ -14,8 +14,10 @@ from lightning_merge.layers.sites import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which columns count, in which fold."""
+    """Which samples and columns count, in which fold."""
 
+    samples: int | None = None
+    """At most as many inputs of each task, evenly spread; null: all."""
     num_folds: int | None = 5
     """Folds kept apart for cross-validation; null keeps one sum (memory is F times as large)."""
     tokens_per_sample: int | None = 64
@@ -25,6 +27,8 @@ class Sampling:
     """Of the draw."""
 
     def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples={self.samples}: expected at least 1, or null for all.")
         if self.num_folds is not None and self.num_folds < 2:
             raise ValueError(f"num_folds={self.num_folds}: expected at least 2, or null for none.")
         if self.tokens_per_sample is not None and self.tokens_per_sample < 1:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ class Calibration:
     """This process's place among those that share the work; ``reduce`` sums over them."""
     batch_size: int = 128
     """Samples a forward pass, of all processes together one batch after the other."""
+
+    def with_at_most(self, samples: int | None) -> "Calibration":
+        """The same with so many inputs of each task, evenly spread; None: with all of them."""
+        if samples is None:
+            return self
+        fewer = {task: inputs.spread(samples) for task, inputs in self.inputs.items()}
+        return replace(self, inputs=fewer)
 
     def slices(self, task: str) -> list[slice]:
         """This process's batches of a task, as slices of samples, none repeated, none padded."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_merge.functional.fisher import fisher_terms
 from lightning_merge.functional.seeds import seed_of
+from lightning_merge.functional.spread import evenly_spread
 from lightning_merge.methods.calibrated import CalibratedMethod, Calibration
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment
 from lightning_merge.methods.parts import (
@@ -129,9 +130,7 @@ class Fisher(CalibratedMethod):
         wanted = _parameters(network, calibration.head, names)
         squares = SquaredGradients(network, wanted)
         inputs, runtime = calibration.inputs[task], calibration.runtime
-        number = min(self.samples, len(inputs))
-        # Evenly spread: calibration inputs may be sorted by class.
-        rows = torch.arange(number) * len(inputs) // number
+        rows = evenly_spread(len(inputs), self.samples)
         check_finite_inputs(task, inputs, rows, calibration.batch_size)
         chunks = list(runtime.share(rows.split(self.samples_at_once)))
         drawn = self._num_classes(network, inputs.take(rows[:1]), calibration) > self.exact_classes
@@ -141,7 +140,7 @@ class Fisher(CalibratedMethod):
             found = squares.sum_of(runtime.to_device(inputs.take(chunk)), uniforms)
             for name, value in found.items():
                 total[name] += value
-        mean = {name: runtime.reduce(value) / number for name, value in total.items()}
+        mean = {name: runtime.reduce(value) / len(rows) for name, value in total.items()}
         if wrong := [name for name, value in mean.items() if not bool(value.isfinite().all())]:
             raise ValueError(
                 f"'{task}': the Fisher information of {len(wrong)} parameters holds NaN or "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_merge.batch_norm import reestimate_batch_norm
 from lightning_merge.functional.soup import agreement, greedy_members, mean_with
+from lightning_merge.functional.spread import evenly_spread
 from lightning_merge.methods.calibrated import CalibratedMethod, Calibration
 from lightning_merge.methods.outcome import Outcome, PlannedTreatment, as_plain
 from lightning_merge.methods.parts import check_finite_inputs, check_inputs
@@ -164,7 +165,7 @@ class GreedySoup(CalibratedMethod):
         """
         check_inputs(dict.fromkeys(tasks), calibration.inputs, "GreedySoup")
         runtime, inputs = calibration.runtime, calibration.inputs
-        rows = {task: _spread(len(inputs[task]), self.samples) for task in tasks}
+        rows = {task: evenly_spread(len(inputs[task]), self.samples) for task in tasks}
         for task in tasks:
             check_finite_inputs(task, inputs[task], rows[task], calibration.batch_size)
         shares = {t: list(runtime.share(rows[t].split(calibration.batch_size))) for t in tasks}
@@ -216,11 +217,6 @@ def _check_scores(task: str, whose: str, undefined: int, runtime: Runtime) -> No
             f"'{task}': the class scores of {whose} hold NaN or infinity in {total} calibration "
             "samples. Check the inputs and the weights, or use a wider precision."
         )
-
-
-def _spread(size: int, number: int) -> Tensor:
-    chosen = min(size, number)
-    return torch.arange(chosen) * size // chosen
 
 
 def _floats(base: StateDict, task: str, expert: StateDict) -> list[tuple[str, Tensor]]:

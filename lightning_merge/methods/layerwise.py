@@ -59,7 +59,7 @@ class LayerWalk:
     Args:
         base: The pre-trained weights.
         experts: Fine-tuned weights by task.
-        calibration: Networks and inputs.
+        calibration: Networks and inputs, of which those count that ``options`` say.
         fallback: What merges all that is no layer of ``kinds``, and where a walk begins.
         kinds: Layers that are solved.
         options: What is collected of them.
@@ -96,6 +96,7 @@ class LayerWalk:
             raise ValueError(
                 f"no calibration inputs for {', '.join(missing)}: give some for every task."
             )
+        self.calibration = self.calibration.with_at_most(self.options.sampling.samples)
         network = self.network
         found = find_sites(network, self.calibration.head, list(self.base), self.kinds)
         self.found = self._within(found)

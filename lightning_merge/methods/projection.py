@@ -101,6 +101,9 @@ class OutputProjection(CalibratedMethod):
     num_folds: int | None = 5
     """Folds for the safeguard and ``ridge=auto``; null: none, a fifth of the memory, and the ridge
     by generalised cross-validation."""
+    samples: int | None = None
+    """At most as many calibration inputs of each task, evenly spread; null: all. The time is
+    proportional to their number."""
     tokens_per_sample: int | None = 64
     """At most as many columns (tokens, patches) of each sample, drawn by a hash; null: all."""
     seed: int = 0
@@ -212,7 +215,10 @@ class OutputProjection(CalibratedMethod):
     @property
     def _collecting(self) -> Collecting:
         sampling = Sampling(
-            num_folds=self.num_folds, tokens_per_sample=self.tokens_per_sample, seed=self.seed
+            samples=self.samples,
+            num_folds=self.num_folds,
+            tokens_per_sample=self.tokens_per_sample,
+            seed=self.seed,
         )
         wanted = self.basis in ("rotated_row", "subspace") and self.directions == "residual"
         return Collecting(sampling=sampling, bias=True, residual_gram=wanted)
@@ -249,7 +255,6 @@ class _Solver:
         calibration: Calibration,
     ) -> None:
         self.method = method
-        self.calibration = calibration
         self.preference = as_preference(
             method.preference or dict.fromkeys(experts, 1.0), list(experts)
         )
@@ -297,7 +302,7 @@ class _Solver:
             if method.sweeps == 1:
                 break
             error = output_error(
-                network, self.calibration, list(walk.experts), self.preference, method.num_folds
+                network, walk.calibration, list(walk.experts), self.preference, method.num_folds
             )
             if best is None or error < best[0]:
                 state = {name: value.clone() for name, value in walk.finished().items()}

@@ -50,6 +50,9 @@ class RegMean(CalibratedMethod):
     """Weight of each expert by task; null: all alike."""
     layers: tuple[Kind, ...] = ("linear", "convolution", "attention")
     """Layers that are merged so."""
+    samples: int | None = None
+    """At most as many calibration inputs of each task, evenly spread; null: all. The time is
+    proportional to their number."""
     tokens_per_sample: int | None = 64
     """At most as many columns (tokens, patches) of each sample, drawn by a hash; null: all."""
     seed: int = 0
@@ -66,7 +69,12 @@ class RegMean(CalibratedMethod):
 
     @property
     def _sampling(self) -> Sampling:
-        return Sampling(num_folds=None, tokens_per_sample=self.tokens_per_sample, seed=self.seed)
+        return Sampling(
+            samples=self.samples,
+            num_folds=None,
+            tokens_per_sample=self.tokens_per_sample,
+            seed=self.seed,
+        )
 
     def merge(
         self, base: StateDict, experts: Mapping[str, StateDict], calibration: Calibration

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_merge.functional.spread import evenly_spread
+
 SAMPLES_PER_TASK = 200
 """Test samples of each task that a report embeds unless told otherwise."""
 
@@ -121,7 +123,7 @@ def build_live(
         weight.new_zeros(len(weight)) if bias is None else bias
         for weight, bias in (heads[task] for task in tasks)
     ]
-    chosen = [_spread(len(samples[task][1]), samples_per_task) for task in tasks]
+    chosen = [evenly_spread(len(samples[task][1]), samples_per_task) for task in tasks]
     picked = [
         (samples[task][0].detach().cpu()[rows], samples[task][1].detach().cpu()[rows])
         for task, rows in zip(tasks, chosen, strict=True)
@@ -154,13 +156,6 @@ def evaluate(live: LiveModel, preference: Float[Tensor, " T"]) -> Float[Tensor, 
         logits = live.features[task].double() @ folded[rows].T + live.bias[rows]
         accuracies.append((logits.argmax(dim=1) == live.labels[task]).double().mean())
     return torch.stack(accuracies)
-
-
-def _spread(count: int, wanted: int | None) -> Tensor:
-    """Indices spread evenly over ``count`` samples: sets sorted by class stay balanced."""
-    if wanted is None or wanted >= count:
-        return torch.arange(count)
-    return torch.arange(wanted) * count // wanted
 
 
 def _check_task(

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import accuracy_seconds, results
 from benchmarks.suites import build
-from lightning_merge.methods import Average
+from lightning_merge.methods import Average, RegMean
 from tests.benchmarks.test_suites import TOY
 
 
@@ -19,14 +19,17 @@ def experts(tmp_path):
 def test_accuracy_against_seconds(experts, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
-    monkeypatch.setattr(accuracy_seconds, "SINGLE", {"average": Average()})
+    monkeypatch.setattr(accuracy_seconds, "WEIGHTS_ALONE", {"average": Average()})
+    monkeypatch.setattr(accuracy_seconds, "CLOSED_FORM", {"RegMean": RegMean()})
     found = accuracy_seconds.defaultdict(lambda: accuracy_seconds.defaultdict(list))
-    accuracy_seconds.measure(experts, [1, 2], found)
-    assert len(found) == 1 + 2 * 2 + 1
+    accuracy_seconds.measure(experts, [1, 2], [8], found)
+    assert len(found) == 1 + 2 + 2 * 2 + 1
     accuracy_seconds.draw({"toy": found}, tmp_path / "picture.png")
     accuracy_seconds._write({"toy": found}, [1], "seconds")
     assert (tmp_path / "picture.png").read_bytes()[1:4] == b"PNG"
-    assert "| AdaMerging, 2 steps |" in (tmp_path / "seconds.md").read_text()
+    written = (tmp_path / "seconds.md").read_text()
+    for row in ("AdaMerging, 2 steps", "RegMean, 8 inputs", "RegMean, all inputs"):
+        assert f"| {row} |" in written
 
 
 def test_lists_on_the_command_line(monkeypatch, capsys):

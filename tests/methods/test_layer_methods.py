@@ -262,6 +262,39 @@ def test_matrices_that_no_layer_covers_are_told_once(method):
     torch.testing.assert_close(merged["strange.weight"], mean)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        RegMean(),
+        RegMean(inputs="merged"),
+        OutputProjection(basis="row", num_folds=2),
+        OutputProjection(basis="row", num_folds=2, sweeps=2),
+        OutputProjection(basis="task_global", mode="parallel"),
+    ],
+    ids=lambda method: method.__class__.__name__,
+)
+def test_some_of_the_samples_count_as_if_there_were_no_others(method):
+    layers = nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4), nn.Linear(4, 3)
+    network = nn.Sequential(*layers)
+    base, states, calibration, experts = case(network, "3", (5,))  # of 40, 43, 46 samples
+    merged = replace(method, samples=42).merge(base, states, calibration)
+    few = {
+        task: calibration.inputs[task].take(torch.arange(min(n, 42)) * n // min(n, 42))
+        for task, n in (("task0", 40), ("task1", 43), ("task2", 46))
+    }
+    expected = method.merge(base, states, calibration_of(experts, few, "3"))
+    all_of_them = method.merge(base, states, calibration)
+    for name, value in expected.items():
+        assert torch.equal(merged[name], value), name
+    assert any(not torch.equal(merged[name], value) for name, value in all_of_them.items())
+
+
+@pytest.mark.parametrize("kind", [RegMean, OutputProjection])
+def test_no_samples_are_refused(kind):
+    with pytest.raises(ValueError, match="samples=0: expected at least 1, or null for all"):
+        kind(samples=0)
+
+
 @pytest.fixture
 def pool(tmp_path):
     base = Classifier().model

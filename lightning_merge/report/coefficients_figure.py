@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lightning_merge.files import replacing
 from lightning_merge.methods.adaptation.coefficients import LearnedCoefficients
 from lightning_merge.report.pictures import INK, MUTED, SMALL, TEXT, new_figure, tidy
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 MOST_LABELS = 40
 """Names of groups that are still legible, one below the other."""
+MOST_WRITTEN = 12
+"""Up to so many groups, the coefficients stand in their cells."""
 
 
 def coefficients_figure(learned: LearnedCoefficients) -> "Figure":
@@ -25,7 +29,7 @@ def coefficients_figure(learned: LearnedCoefficients) -> "Figure":
     entropy = learned.history.get("entropy")
     has_history = entropy is not None and len(entropy) > 1
     height = min(14.0, max(3.2, 1.4 + 0.16 * groups))
-    figure = new_figure(3.4 + 0.5 * tasks + 4.4 * has_history, height)
+    figure = new_figure(3.4 + 0.6 * tasks + 5.4 * has_history, height)
     axes = figure.subplots(
         1, 1 + has_history, squeeze=False, width_ratios=[1, 1.4][: 1 + has_history]
     )[0]
@@ -35,6 +39,13 @@ def coefficients_figure(learned: LearnedCoefficients) -> "Figure":
     image = panel.imshow(
         learned.values.numpy(), aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit
     )
+    if groups <= MOST_WRITTEN:
+        for (row, column), value in np.ndenumerate(learned.values.numpy()):
+            dark = abs(value) > 0.6 * limit
+            panel.text(
+                column, row, f"{value:.3g}", ha="center", va="center", fontsize=SMALL - 1,
+                color="white" if dark else INK,
+            )  # fmt: skip
     step = -(-groups // MOST_LABELS)
     panel.set_yticks(range(0, groups, step), learned.groups[::step], fontsize=SMALL - 2)
     panel.set_xticks(range(tasks), learned.tasks, fontsize=SMALL, rotation=45, ha="right")
@@ -49,7 +60,10 @@ def coefficients_figure(learned: LearnedCoefficients) -> "Figure":
             lines.plot(range(len(series)), series.numpy(), linewidth=1.0, label=task)
         lines.set_xlabel("step", fontsize=SMALL)
         lines.set_title("entropy of the predictions, nats", fontsize=TEXT, color=INK, loc="left")
-        lines.legend(fontsize=SMALL - 1, frameon=False, labelcolor=MUTED)
+        lines.legend(
+            fontsize=SMALL - 1, frameon=False, labelcolor=MUTED, loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )  # fmt: skip
     return figure
 
 

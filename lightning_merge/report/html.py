@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -166,15 +166,21 @@ def _measures(result: SweepResult) -> list[dict[str, str]]:
 
 
 def _diagnostics(result: SweepResult) -> dict[str, Any]:
-    names = list(dict.fromkeys(name for facts in result.diagnostics.values() for name in facts))
-    return {
-        "head": ["task", *(name.replace("_", " ") for name in names)],
-        "lines": [
-            [task, *(_number(facts.get(name)) for name in names)]
-            for task, facts in result.diagnostics.items()
-            if names
-        ],
-    }
+    """One line a fact, one column a task: facts are many and their names long."""
+    columns = {task: dict(_flat(facts)) for task, facts in result.diagnostics.items()}
+    names = dict.fromkeys(name for facts in columns.values() for name in facts)
+    lines = [[name, *(_number(facts.get(name)) for facts in columns.values())] for name in names]
+    return {"head": ["", *columns], "lines": lines}
+
+
+def _flat(facts: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Facts by readable name, those of nested tables as well; lists, such as curves, are not."""
+    for name, value in facts.items():
+        readable = name.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from ((f"{readable}, {inner}", x) for inner, x in _flat(value))
+        elif not isinstance(value, (list, tuple)):
+            yield readable, value
 
 
 def _data(result: SweepResult, live: LiveModel | None) -> dict[str, Any]:
@@ -201,6 +207,8 @@ def _rounded(values: Tensor) -> list[Any]:
 def _number(value: object) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return "-" if value != value else f"{value:.4g}"
     return str(value)

@@ -33,5 +33,7 @@ def test_any_number_of_groups(groups, history):
     assert heat.images[0].get_array().tolist() == found.values.tolist()
     limits = heat.images[0].get_clim()
     assert limits[0] == -limits[1] == -1.0 if groups > 1 else True
+    written = [float(text.get_text()) for text in heat.texts]
+    assert written == ([] if groups > 12 else pytest.approx(found.values.flatten(), abs=5e-3))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert any("entropy" in title for title in titles) == history

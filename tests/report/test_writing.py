@@ -45,6 +45,22 @@ def test_page_opens_offline_and_holds_the_sweep():
         assert text in page
 
 
+def test_page_shows_nested_facts_of_the_correction_by_name():
+    result = make_sweep(2)
+    for task in result.tasks:
+        result.diagnostics[task] |= {"searched": False, "distortion": {"bias": 0.25, "linear": 0.5}}
+        result.diagnostics[task] |= {"search": {"curve": [0.1, 0.2], "at_edge": True}}
+    page = render_html(result, {})
+    for name, value in (
+        ("distortion, bias", "0.25"),
+        ("searched", "no"),
+        ("search, at edge", "yes"),
+    ):
+        cells = "".join(f"<td>{value}</td>" for _ in result.tasks)
+        assert f'<tr><th scope="row">{name}</th>{cells}</tr>' in page
+    assert "search, curve" not in page
+
+
 def test_page_warns_of_a_merge_that_loses_to_the_base():
     result = make_sweep(3)
     references = dict(result.references)

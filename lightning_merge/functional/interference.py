@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_merge.functional.tsv import singular_task_interference, truncated_factors
+from lightning_merge.functional.tsv import Overlap, overlap, truncated_factors
 
 BLOCK = 1 << 17
 """Entries of each task vector that are looked at together, so that they stay in the cache."""
@@ -28,6 +28,8 @@ class Interference(NamedTuple):
     One half is chance."""
     singular: float | None
     """Singular task interference, divided by the sum of the singular values; None: not measured."""
+    condition: float | None
+    """Largest condition number of the joint singular directions that TSV-M whitens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class InterferenceSums:
     """Singular task interference of the matrices measured."""
     singular_values: float = 0.0
     """Sum of the singular values that it is made from."""
+    condition: float = 0.0
+    """Largest condition number of the joint singular directions."""
     matrices: int = 0
     """Matrices whose singular directions were measured."""
 
@@ -57,6 +61,7 @@ class InterferenceSums:
             conflicts=self.conflicts + other.conflicts,
             singular=self.singular + other.singular,
             singular_values=self.singular_values + other.singular_values,
+            condition=max(self.condition, other.condition),
             matrices=self.matrices + other.matrices,
         )
 
@@ -74,6 +79,7 @@ class InterferenceSums:
             cosines=cosines.tolist(),
             sign_conflict=self.conflicts / max(1, self.shared),
             singular=singular,
+            condition=self.condition if self.matrices else None,
         )
 
 
@@ -105,8 +111,9 @@ def interference_sums(
         base_square=float(torch.linalg.vector_norm(base, dtype=torch.float64)) ** 2,
         shared=shared,
         conflicts=conflicts,
-        singular=measured[0] if measured else 0.0,
+        singular=measured[0].interference if measured else 0.0,
         singular_values=measured[1] if measured else 0.0,
+        condition=measured[0].condition if measured else 0.0,
         matrices=int(measured is not None),
     )
 
@@ -127,20 +134,21 @@ def sign_counts(task_vectors: Float[Tensor, "experts *shape"]) -> tuple[int, int
 def singular_cost(shape: tuple[int, ...], num_experts: int) -> float:
     """Rough floating-point operations of a matrix's singular interference; 0: nothing to measure.
 
-    A Gram matrix of the smaller side and its eigenvectors, for every expert.
+    A Gram matrix of the smaller side and its eigenvectors, for every expert, and the eigenvalues
+    of two more.
     """
     if len(shape) != 2 or min(shape) < num_experts:
         return 0.0
     small, large = sorted(shape)
-    return float(num_experts * small**2 * (large + 8 * small))
+    return float(num_experts * small**2 * (large + 8 * small) + 4 * small**3)
 
 
-def _singular(task_vectors: Tensor) -> tuple[float, float] | None:
-    """Interference of a matrix and the sum of its singular values."""
+def _singular(task_vectors: Tensor) -> tuple[Overlap, float] | None:
+    """What the singular directions of a matrix share, and the sum of its singular values."""
     shape = task_vectors.shape[1:]
     rank = min(shape) // len(task_vectors) if len(shape) == 2 else 0
     if rank == 0:
         return None
     factors = truncated_factors(task_vectors, rank)
     total = sum(float(one.values.sum()) for one in factors)
-    return singular_task_interference(factors), total
+    return overlap(factors), total

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -102,14 +102,37 @@ def joined(factors: Sequence[Factors]) -> Factors:
     return Factors(torch.cat(lefts, 1), torch.cat(values), torch.cat(rights, 0))
 
 
-def singular_task_interference(factors: Sequence[Factors]) -> float:
+class Overlap(NamedTuple):
+    """How the joint singular directions of all tasks overlap."""
+
+    interference: float
+    """Singular task interference; 0 where the tasks share no direction on one of the sides."""
+    condition: float
+    """The larger condition number of the joint factors, of the two sides: 1 where directions are
+    orthogonal, 1e16 where they are dependent and whitening goes by ``rcond``."""
+
+
+def overlap(factors: Sequence[Factors]) -> Overlap:
     r"""How much the tasks' singular directions overlap, weighted by their strength (Section 3.2).
 
     .. math:: \|(\hat U^\top\hat U - I)\,\mathrm{diag}(\hat s)\,(\hat V^\top\hat V - I)\|_1
 
-    entry by entry; 0 where the tasks share no direction on one of the sides.
+    entry by entry, and the condition numbers of both factors.
     """
     left, values, right = joined(factors)
+    grams = gram(left), gram(right.t())
     eye = torch.eye(len(values), dtype=left.dtype, device=left.device)
-    overlap = (left.t() @ left - eye) * values @ (right @ right.t() - eye)
-    return float(overlap.abs().sum())
+    shared = (grams[0] - eye) * values @ (grams[1] - eye)
+    conditions = [condition_number(one) for one in grams] if len(values) else [1.0]
+    return Overlap(float(shared.abs().sum()), max(conditions))
+
+
+def condition_number(gram: Float[Tensor, "k k"]) -> float:
+    """Condition number of the columns with this Gram matrix, at most 1e16.
+
+    Example:
+        >>> condition_number(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
+        2.0
+    """
+    values = torch.linalg.eigvalsh(gram)
+    return float((values[-1] / values[0].clamp(min=1e-32 * values[-1])).sqrt())

@@ -35,6 +35,7 @@ from lightning_merge.methods.walk import (
     scaled,
     stack_parameter,
 )
+from lightning_merge.methods.widened import Widened, widened
 from lightning_merge.states import (
     STATISTIC_SUFFIXES,
     StateDict,
@@ -89,6 +90,10 @@ class WeightMethod(MergeMethod):
     """Shell patterns of floating buffers: averaged, as running_mean and running_var always are.
     A merge of modules adds all that they have."""
 
+    precision: Literal["float32", "float64"] = "float32"
+    """Least precision of the work; the result is rounded once, to the base's dtype. Matrices are
+    decomposed in float64 in any case."""
+
     on_buffer_mismatch: Literal["base", "first", "error"] = "base"
     """Integer and boolean buffers that differ: the base's, the first expert's, or an error."""
 
@@ -117,12 +122,17 @@ class WeightMethod(MergeMethod):
         self.check_names(tuple(base), tuple(experts))
         for message in unmoved(tuple(experts), listed_again(base, experts)) if base else ():
             warnings.warn(message, stacklevel=3)
-        method = self.bind(base, experts)
+        is_wide = self.precision == "float64"
+        seen = {task: Widened(expert) for task, expert in experts.items()} if is_wide else experts
+        method = self.bind(Widened(base) if is_wide else base, seen)
         ties = tied_names(base)
         own = [name for name in base if name not in ties]
 
         def entry(name: str) -> Tensor:
-            return method._merge_entry(name, base[name], experts)
+            value = base[name]
+            if not is_wide:
+                return method._merge_entry(name, value, seen)
+            return method._merge_entry(name, widened(value), seen).to(value.dtype)
 
         sizes = [math.prod(shape_of(base, name)) for name in own] if self.side_by_side else []
         merges = in_order_on_cores(entry, own, sizes) if sizes else map(entry, own)

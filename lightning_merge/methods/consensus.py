@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import final
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from lightning_merge.functional.tall import consensus
 from lightning_merge.functional.task_arithmetic import add_update, task_vectors_of
 from lightning_merge.methods.base import WeightMethod
-from lightning_merge.methods.checks import check_scale
+from lightning_merge.methods.checks import check_density, check_scale
+from lightning_merge.methods.ties import TIES
 from lightning_merge.states import StateDict
 
 
@@ -29,19 +31,27 @@ class Consensus(WeightMethod):
     thresholds: dict[str, float] = field(default_factory=dict)
     """κ of single tasks, instead of ``threshold``."""
 
+    vector: Literal["sum", "ties"] = "sum"
+    """The multi-task vector that is masked: the sum of the task vectors, or what TIES makes of
+    them, with which ``scale`` is usually 1."""
+
+    density: float = 0.2
+    """Fraction of the entries that TIES keeps of each task vector, with ``vector: ties``."""
+
     min_active: int = 2
     """How many tasks must need an entry: 0 is task arithmetic, more than there are is the base."""
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        check_density(self.density)
         for kappa in (self.threshold, *self.thresholds.values()):
             if not (kappa >= 0 and math.isfinite(kappa)):
                 raise ValueError(f"thresholds must be finite and at least 0, found {kappa}.")
         if self.min_active < 0:
             raise ValueError(f"min_active must be at least 0, found {self.min_active}.")
 
-    def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> "Consensus":
-        """Give every task a threshold, in the experts' order."""
+    def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
+        """Give every task a threshold, in the experts' order, and trim over the whole model."""
         unknown = [task for task in self.thresholds if task not in experts]
         if unknown:
             raise ValueError(
@@ -49,11 +59,25 @@ class Consensus(WeightMethod):
                 f"the experts are {', '.join(experts)}."
             )
         every = {task: self.thresholds.get(task, self.threshold) for task in experts}
-        return replace(self, thresholds=every)
+        bound = replace(self, thresholds=every)
+        if self.vector == "sum":
+            return bound
+        return self.bound_to(partial(bound._merge_with, self._ties().bind(base, experts)))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        task_vectors = task_vectors_of(base, experts)
+        return self._merge_with(self._ties(), name, base, experts)
+
+    def _merge_with(self, ties: WeightMethod, name: str, base: Tensor, experts: Tensor) -> Tensor:
+        vectors = task_vectors_of(base, experts)
+        if self.vector == "sum":
+            merged = vectors.sum(0)
+        else:  # experts that are task vectors, on a base of zeros, give the vector itself
+            merged = ties.merge_tensor(name, torch.zeros_like(vectors[0]), vectors)
         values = list(self.thresholds.values()) or [self.threshold] * len(experts)
-        merged = consensus(task_vectors, task_vectors.sum(0), torch.tensor(values), self.min_active)
-        return add_update(base, merged, self.scale)
+        kept = consensus(vectors, merged, torch.tensor(values), self.min_active)
+        return add_update(base, kept, self.scale)
+
+    def _ties(self) -> TIES:
+        shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
+        return TIES(**shared, density=self.density)

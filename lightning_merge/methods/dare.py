@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from lightning_merge.functional.ties import SumOrTies
 from lightning_merge.methods.base import WeightMethod
 from lightning_merge.methods.checks import check_density, check_scale
 from lightning_merge.methods.masks import RandomDrop, numbered
-from lightning_merge.states import StateDict
+from lightning_merge.states import StateDict, shape_of
 
 
 @final
@@ -31,6 +31,10 @@ class DARE(WeightMethod):
     rescale: Rescale = "inverse"
     """Divide by the density (the paper), restore the L1 or L2 norm, or leave what is kept."""
 
+    targets: Literal["all", "matrices"] = "all"
+    """Whose entries are dropped: those of every parameter, or of matrices alone, which are the
+    weights of linear layers and of embeddings; the rest is combined as it is."""
+
     seed: int = 0
     """Seed of the masks; they depend on it, the task and the parameter's name, nothing else."""
 
@@ -40,17 +44,23 @@ class DARE(WeightMethod):
 
     def bind(self, base: StateDict, experts: Mapping[str, StateDict]) -> WeightMethod:
         """Remember the tasks, on which the masks depend."""
+        tasks = tuple(experts)
         if self.rescale in ("l1", "l2"):  # norms of whole parameters
-            return self.bound_to(self._drop().for_tasks(experts))
-        return self.bound_to_blocks(lambda name: self._drop().for_blocks(tuple(experts)))
+
+            def merge(name: str, base: Tensor, experts: Tensor) -> Tensor:
+                return self._drop(base.shape).merge(tasks, name, base, experts)
+
+            return self.bound_to(merge)
+        return self.bound_to_blocks(lambda n: self._drop(shape_of(base, n)).for_blocks(tasks))
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter of experts that are called "0", "1", and so on."""
-        return self._drop().merge(numbered(experts), name, base, experts)
+        return self._drop(base.shape).merge(numbered(experts), name, base, experts)
 
-    def _drop(self) -> RandomDrop:
+    def _drop(self, shape: tuple[int, ...]) -> RandomDrop:
+        density = self.density if self.targets == "all" or len(shape) == 2 else 1.0
         return RandomDrop(
-            keep=lambda _: float(self.density),
+            keep=lambda _: float(density),
             rescale=self.rescale,
             seed=self.seed,
             combine=self.combine,

@@ -74,7 +74,7 @@ class MergeReport:
 
         A row holds ``norms`` and ``relative_norms`` by task, ``cosines`` of the pairs of tasks in
         the order (1, 2), (1, 3), ..., (2, 3), ..., ``sign_conflict``, and
-        ``singular_interference`` where it was measured.
+        ``singular_interference`` and ``condition`` where they were measured.
         """
         measured = {planned.name: (planned, sums) for planned, sums in self._measured}
         groups = group_names(list(measured), most)
@@ -193,6 +193,8 @@ class MergeReport:
             row["cosines"] = [_short(x) for x in pairs]
         if found.singular is not None:
             row["singular_interference"] = _short(found.singular)
+        if found.condition is not None:
+            row["condition"] = _short(found.condition)
         return row
 
 

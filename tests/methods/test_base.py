@@ -83,6 +83,29 @@ def test_keys_shapes_dtypes_kept_and_inputs_neither_changed_nor_aliased(method, 
         assert all(torch.equal(state[n], copy[n]) for n in copy)
 
 
+def doubled(state):
+    return {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_work_in_float64_is_that_on_models_of_float64(method, dtype, tmp_path):
+    base, experts = models(2, dtype=dtype, shapes={**SHAPES, "bn.running_var": (7,)})
+    for steps, state in enumerate((base, *experts.values())):
+        state["steps"] = torch.tensor(steps)
+    kept = {"coefficients": (Coefficient(pattern="fc.*", value=0.7),)}
+    wide = type(method)(**{**vars(method), **kept, "precision": "float64"})
+    plain = type(method)(**{**vars(method), **kept})
+    exact = plain.merge(doubled(base), {task: doubled(e) for task, e in experts.items()})
+    merged = wide.merge(base, experts)
+    for name, value in merged.items():
+        assert value.dtype == base[name].dtype
+        assert torch.equal(value, exact[name].to(value.dtype)), name
+    save_file(base, tmp_path / "base.safetensors")
+    lazy = wide.merge(LazyStateDict(tmp_path / "base.safetensors"), experts)
+    assert all(torch.equal(lazy[name], value) for name, value in merged.items())
+
+
 @EACH
 def test_integer_buffers_are_the_bases_and_statistics_are_averaged(method):
     base, experts = batchnorm(), {t: batchnorm(i) for i, t in enumerate("ab", start=1)}

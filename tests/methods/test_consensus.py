@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_merge.functional.tall import pack_mask, tall_masks, unpack_mask
-from lightning_merge.methods import Consensus, TaskArithmetic
+from lightning_merge.methods import TIES, Coefficient, Consensus, TaskArithmetic
 from tests.methods.models import flat, flat_task_vectors, model_sets, models
 
 
@@ -23,6 +23,36 @@ def test_equation(data, kappa, k):
     total = rows.sum(axis=0)
     active = (np.abs(rows) > kappa * np.abs(total - rows)).sum(axis=0)
     np.testing.assert_allclose(merged, flat(base) + 0.5 * total * (active >= k), atol=1e-6)
+
+
+@given(data=model_sets(integers=True), k=st.integers(0, 3))
+def test_the_vector_of_ties(data, k):
+    base, experts = data
+    method = Consensus(vector="ties", density=0.4, threshold=0.3, min_active=k, scale=0.5)
+    merged = flat(method.merge(base, experts))
+    rows = flat_task_vectors(base, experts)
+    vector = flat(TIES(density=0.4).merge(base, experts)) - flat(base)  # base: zeros
+    active = (np.abs(rows) > 0.3 * np.abs(vector - rows)).sum(axis=0)
+    np.testing.assert_allclose(merged, flat(base) + 0.5 * vector * (active >= k), atol=1e-6)
+
+
+def test_the_vector_of_ties_knows_coefficients_and_what_is_left_out():
+    base, experts = models(3)
+    options = {
+        "coefficients": (Coefficient(pattern="fc.*", value=3.0),),
+        "exclude": ("conv.*",),
+        "otherwise": "base",
+    }
+    method = Consensus(vector="ties", min_active=0, scale=1.0, **options)
+    merged, ties = method.merge(base, experts), TIES(**options).merge(base, experts)
+    for name, value in ties.items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+    stacked = torch.stack([expert["fc.weight"] for expert in experts.values()])
+    alone = Consensus(vector="ties", min_active=0, scale=1.0)
+    torch.testing.assert_close(
+        alone.merge_tensor("fc.weight", base["fc.weight"], stacked),
+        TIES().merge_tensor("fc.weight", base["fc.weight"], stacked),
+    )
 
 
 @given(data=model_sets())

@@ -21,6 +21,23 @@ def test_density_one_is_the_plain_method(data, seed):
     assert all(torch.equal(merged[name], ties[name]) for name in base)
 
 
+@pytest.mark.parametrize("rescale", ["inverse", "l1"])
+@pytest.mark.parametrize("combine", ["sum", "ties"])
+def test_matrices_alone_lose_entries_where_asked(combine, rescale):
+    base, experts = models(3)
+    options = {"combine": combine, "rescale": rescale}
+    merged = DARE(density=0.5, targets="matrices", **options).merge(base, experts)
+    dropped = DARE(density=0.5, **options).merge(base, experts)
+    plain = DARE(density=1.0, **options).merge(base, experts)
+    for name, value in merged.items():
+        assert torch.equal(value, (dropped if value.ndim == 2 else plain)[name]), name
+    assert not torch.equal(dropped["fc.bias"], plain["fc.bias"])
+    alone = DARE(density=0.5, targets="matrices", **options)
+    stacked = torch.stack([expert["fc.bias"] for expert in experts.values()])
+    value = alone.merge_tensor("fc.bias", base["fc.bias"], stacked)
+    torch.testing.assert_close(value, plain["fc.bias"])
+
+
 def test_kept_entries_are_divided_by_the_density():
     base, expert = {"w": torch.zeros(1000)}, {"w": torch.arange(1.0, 1001.0)}
     merged = DARE(density=0.25, scale=1.0).merge(base, {"a": expert})["w"]

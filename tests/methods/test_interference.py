@@ -89,11 +89,13 @@ def test_report_of_a_model():
         vectors = [np.asarray(expert[name] - base[name]).ravel() for expert in experts.values()]
         np.testing.assert_allclose(row["norms"], [np.linalg.norm(v) for v in vectors], rtol=1e-4)
         assert row["entries"] == base[name].numel()
-        assert ("singular_interference" in row) == (base[name].ndim == 2 and name != "empty")
+        for measure in ("singular_interference", "condition"):
+            assert (measure in row) == (base[name].ndim == 2 and name != "empty")
     whole = np.concatenate(
         [[np.asarray(e[n] - base[n]).ravel() for e in experts.values()] for n in table], axis=1
     )
     total = report.total()
+    assert total["condition"] == max(row.get("condition", 0) for row in table.values()) > 1
     np.testing.assert_allclose(total["norms"], np.linalg.norm(whole, axis=1), rtol=1e-4)
     unit = whole / np.linalg.norm(whole, axis=1, keepdims=True)
     np.testing.assert_allclose(total["cosines"], (unit @ unit.T)[np.triu_indices(3, 1)], rtol=1e-3)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_merge.functional.spectral import Factors
-from lightning_merge.functional.tsv import singular_task_interference, truncated_factors, tsv_merge
+from lightning_merge.functional.tsv import overlap, truncated_factors, tsv_merge
 from lightning_merge.methods import TSVMerge
 from tests.methods.models import models
 
@@ -78,9 +78,11 @@ def test_orthogonal_tasks_add_up_without_interference():
     eye = torch.eye(12)
     vectors = torch.stack([eye[:, [i]] * (i + 1) @ eye[[i]] for i in range(3)])
     torch.testing.assert_close(tsv_merge(vectors, 4).float(), vectors.sum(0))
-    assert singular_task_interference(truncated_factors(vectors, 4)) == pytest.approx(0, abs=1e-12)
+    assert overlap(truncated_factors(vectors, 4)) == pytest.approx((0, 1), abs=1e-9)
     same = vectors[:1].expand(3, -1, -1)
-    assert singular_task_interference(truncated_factors(same, 1)) == pytest.approx(12)  # J + I
+    found = overlap(truncated_factors(same, 1))
+    assert found.interference == pytest.approx(12)  # J + I
+    assert found.condition > 1e7  # one direction three times
 
 
 def test_interference_equation():
@@ -90,7 +92,10 @@ def test_interference_equation():
     right = np.concatenate([f.right for f in factors])
     eye = np.eye(6)
     expected = np.abs((left.T @ left - eye) @ np.diag(values) @ (right @ right.T - eye)).sum()
-    assert singular_task_interference(factors) == pytest.approx(expected)
+    found = overlap(factors)
+    assert found.interference == pytest.approx(expected)
+    assert found.condition == pytest.approx(max(np.linalg.cond(left), np.linalg.cond(right)))
+    assert overlap(truncated_factors(torch.zeros(2, 4, 5), 2)) == (0.0, 1.0)
 
 
 def test_zero_updates_contribute_nothing():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def average(
     experts: Sequence[Float[Tensor, "*shape"]] | Float[Tensor, "experts *shape"],
-    weights: Float[Tensor, " experts"],
+    weights: Float[Tensor, " experts"] | Sequence[float],
     out: Float[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
     r"""Average one parameter over the experts.
@@ -33,7 +33,8 @@ def average(
         >>> average(torch.tensor([[0.0, 2.0], [4.0, 4.0]]), torch.tensor([3.0, 1.0]))
         tensor([1.0000, 2.5000])
     """
-    return running_average(experts, tuple(weights.tolist()), out)
+    plain = weights.tolist() if isinstance(weights, Tensor) else weights
+    return running_average(experts, tuple(plain), out)
 
 
 def running_average(
@@ -41,15 +42,15 @@ def running_average(
 ) -> Tensor:
     """What :func:`average` computes, from values of any floating-point dtypes."""
     dtype = reduce(torch.promote_types, {value.dtype for value in values}, torch.float32)
-    first, *others = _shares(weights)
+    (first, _), *others = _shares(weights)
     total = torch.empty_like(values[0], dtype=dtype) if out is None else out
     if not others:
         return total.copy_(values[0])
-    mean = values[first[0]].to(dtype)
+    (second, share), *others = others
+    torch.lerp(values[first].to(dtype), values[second].to(dtype), share, out=total)
     for t, share in others:
-        value = values[t] if values[t].dtype == dtype else values[t].to(dtype)
-        mean = torch.lerp(mean, value, share, out=total)
-    return mean
+        total.lerp_(values[t] if values[t].dtype == dtype else values[t].to(dtype), share)
+    return total
 
 
 @lru_cache(maxsize=256)

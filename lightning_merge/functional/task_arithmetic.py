@@ -13,7 +13,7 @@ from lightning_merge.functional.average import running_average
 def task_arithmetic(
     base: Float[Tensor, "*shape"],
     experts: Sequence[Float[Tensor, "*shape"]] | Float[Tensor, "experts *shape"],
-    coefficients: Float[Tensor, " experts"],
+    coefficients: Float[Tensor, " experts"] | Sequence[float],
     out: Float[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
     r"""Add the weighted task vectors of one parameter to its base value.
@@ -35,7 +35,7 @@ def task_arithmetic(
         >>> task_arithmetic(torch.zeros(2), torch.eye(2), torch.tensor([0.5, 0.25]))
         tensor([0.5000, 0.2500])
     """
-    weights = coefficients.tolist()
+    weights = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
     merged = running_average([base, *experts], (1.0 - math.fsum(weights), *weights), out)
     return merged.to(base.dtype)
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-import torch
 from torch import Tensor
 
 from lightning_merge.functional.average import average
@@ -56,21 +55,20 @@ class Average(WeightMethod):
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
     ) -> Tensor:
         """The factors side by side; see ``WeightMethod.merge_low_rank``."""
-        weights = self._vector(len(ups))
-        update = sum_of_products(ups, downs, (weights / weights.sum()).tolist())
+        weights = self._weights(len(ups))
+        shares = [weight / math.fsum(weights) for weight in weights]
+        update = sum_of_products(ups, downs, shares)
         return add_update(base, update.view(base.shape), 1.0)
 
     def _write(self, merged: Tensor, base: Tensor, experts: Sequence[Tensor]) -> None:
         fits = experts[0].dtype == merged.dtype and merged.dtype.itemsize >= 4
-        result = average(experts, self._vector(len(experts)), out=merged if fits else None)
+        result = average(experts, self._weights(len(experts)), out=merged if fits else None)
         if not fits:
             merged.copy_(result)
 
     def average_tensor(self, experts: Tensor) -> Tensor:
         """Weighted average of ``(T, *shape)``; running statistics get the same weights."""
-        return average(experts, self._vector(len(experts)))
+        return average(experts, self._weights(len(experts)))
 
-    def _vector(self, num_experts: int) -> Tensor:
-        if self.weights is None:
-            return torch.ones(num_experts, dtype=torch.float64)
-        return torch.tensor(list(self.weights.values()), dtype=torch.float64)
+    def _weights(self, num_experts: int) -> tuple[float, ...]:
+        return (1.0,) * num_experts if self.weights is None else tuple(self.weights.values())

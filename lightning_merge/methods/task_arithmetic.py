@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-import torch
 from torch import Tensor
 
 from lightning_merge.functional.lora import sum_of_products
@@ -49,7 +48,7 @@ class TaskArithmetic(WeightMethod):
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, as in ``WeightMethod.merge_tensor``."""
-        return task_arithmetic(base, experts, self.scale * self._shares(len(experts)))
+        return task_arithmetic(base, experts, self._coefficients(len(experts)))
 
     def linear_merge(self, name: str) -> LinearMerge:
         """See ``WeightMethod.linear_merge``."""
@@ -59,19 +58,17 @@ class TaskArithmetic(WeightMethod):
         self, name: str, base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor]
     ) -> Tensor:
         """The factors side by side; see ``WeightMethod.merge_low_rank``."""
-        update = sum_of_products(ups, downs, self._shares(len(ups)).tolist())
-        return add_update(base, update.view(base.shape), self.scale)
+        update = sum_of_products(ups, downs, self._coefficients(len(ups)))
+        return add_update(base, update.view(base.shape), 1.0)
 
     def _write(self, merged: Tensor, base: Tensor, experts: Sequence[Tensor]) -> None:
         fits = experts[0].dtype == merged.dtype and merged.dtype.itemsize >= 4
-        coefficients = self.scale * self._shares(len(experts))
+        coefficients = self._coefficients(len(experts))
         result = task_arithmetic(base, experts, coefficients, out=merged if fits else None)
         if not fits:
             merged.copy_(result)
 
-    def _shares(self, num_experts: int) -> Tensor:
-        if self.weights is None:
-            weights = torch.ones(num_experts, dtype=torch.float64)
-        else:
-            weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
-        return weights / weights.sum() if self.normalize else weights
+    def _coefficients(self, num_experts: int) -> list[float]:
+        weights = [1.0] * num_experts if self.weights is None else list(self.weights.values())
+        total = math.fsum(weights) if self.normalize else 1.0
+        return [self.scale * weight / total for weight in weights]

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Literal, TypeAlias, final, overload
 
 import torch
@@ -205,7 +206,7 @@ def map_linear(
     for start in range(0, base.numel(), LINEAR_BLOCK):
         part = slice(start, start + LINEAR_BLOCK)
         origin, rows = blocks.read(part)
-        merged = blocks.merged[part]
+        merged = blocks.written(part)
         function(merged, origin, rows)
         if not _finite(merged):
             blocks.check_each()
@@ -223,32 +224,39 @@ class _Blocks:
         coefficients: Sequence[float],
     ) -> None:
         self._name, self._base, self._experts = name, base, experts
-        self._values = [expert[name].detach() for expert in experts.values()]
+        values = [expert[name] for expert in experts.values()]
+        self._values = [value.detach() if value.requires_grad else value for value in values]
         dtype = _common(self._values)
-        self._rows = [_as(value, base.device, dtype).reshape(-1) for value in self._values]
-        self._origin = base.reshape(-1)
+        self._rows = [_flat_as(value, base.device, dtype) for value in self._values]
+        self._origin = _flat_as(base, base.device, base.dtype)
         self._plain = all(coefficient == 1.0 for coefficient in coefficients)
         self._coefficients = coefficients
-        self.merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
+        self._size = base.numel()
+        self.merged = torch.empty(self._size, dtype=base.dtype, device=base.device)
 
     def read(self, part: slice) -> tuple[Tensor, list[Tensor]]:
         """A block of the base, and of each expert, with the coefficients applied."""
         origin, rows = self._origin, self._rows
-        if part.start > 0 or part.stop < len(origin):
+        if part.start > 0 or part.stop < self._size:
             origin, rows = origin[part], [row[part] for row in rows]
         if not self._plain:
             rows = list(scaled(origin, torch.stack(rows), self._coefficients))
         return origin, rows
+
+    def written(self, part: slice) -> Tensor:
+        """A block of the result, to be written to."""
+        return self.merged if part.start == 0 and part.stop >= self._size else self.merged[part]
 
     def check_each(self) -> None:
         """Raise a ``ValueError`` that names a value that is not finite, if there is one."""
         _check_each(self._name, self._base, self._values, self._experts)
 
 
-def _as(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # the comparison is a tenth of what to() takes where there is nothing to do
-    fits = value.dtype == dtype and value.device == device
-    return value if fits else value.to(device, dtype)
+def _flat_as(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # comparisons are a tenth of what calls take where there is nothing to do, as in most biases
+    if value.dtype != dtype or value.device != device:
+        value = value.to(device, dtype)
+    return value if value.ndim == 1 else value.reshape(-1)
 
 
 def scaled(base: Tensor, experts: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -262,10 +270,7 @@ def scaled(base: Tensor, experts: Tensor, coefficients: Sequence[float]) -> Tens
 
 
 def _common(values: Sequence[Tensor]) -> torch.dtype:
-    dtype = values[0].dtype
-    for value in values[1:]:
-        dtype = torch.promote_types(dtype, value.dtype)
-    return dtype
+    return reduce(torch.promote_types, {value.dtype for value in values})
 
 
 def _finite(block: Tensor) -> bool:

@@ -33,8 +33,10 @@ class SettledMerge(ABC):
         """Correct the merged parameter, flat, in place: now all of it has been seen."""
 
 
-LINEAR_BLOCK = 1 << 20
-"""Entries of a linear combination at once: it stays in the cache, and is worth all cores."""
+LINEAR_BLOCK = 1 << 22
+"""Entries of a linear combination at once: worth all cores, and bound by memory in any case."""
+COPIED_BLOCK = 1 << 20
+"""The same where entries are copied, to multiply or to widen them: the copies stay in the cache."""
 
 
 LinearMerge: TypeAlias = Callable[[Tensor, Tensor, Sequence[Tensor]], None]
@@ -203,8 +205,9 @@ def map_linear(
     those of :func:`map_blocks`.
     """
     blocks = _Blocks(name, base, experts, coefficients)
-    for start in range(0, base.numel(), LINEAR_BLOCK):
-        part = slice(start, start + LINEAR_BLOCK)
+    size = LINEAR_BLOCK if blocks.are_direct else COPIED_BLOCK
+    for start in range(0, base.numel(), size):
+        part = slice(start, start + size)
         origin, rows = blocks.read(part)
         merged = blocks.written(part)
         function(merged, origin, rows)
@@ -242,6 +245,12 @@ class _Blocks:
         if not self._plain:
             rows = list(scaled(origin, torch.stack(rows), self._coefficients))
         return origin, rows
+
+    @property
+    def are_direct(self) -> bool:
+        """Whether blocks are computed with as they lie in memory: one dtype of 32 bits or more."""
+        dtype = self.merged.dtype
+        return self._plain and dtype.itemsize >= 4 and self._rows[0].dtype == dtype
 
     def written(self, part: slice) -> Tensor:
         """A block of the result, to be written to."""

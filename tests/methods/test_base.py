@@ -52,6 +52,7 @@ METHODS = [
     Slerp(position=0.5),
     Slerp(position=0.5, of="task_vectors", keep_norm=True),
 ]
+BLOCK_SIZES = ("BLOCK", "LINEAR_BLOCK", "COPIED_BLOCK")
 FEW = settings(max_examples=6)  # of each method
 EACH = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
@@ -267,7 +268,8 @@ def test_tensors_stay_on_their_device(method, monkeypatch):
 
 @EACH
 def test_streamed_equals_in_memory_bitwise(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(walk, "BLOCK", 10)
+    for size in BLOCK_SIZES:
+        monkeypatch.setattr(walk, size, 10)
     base, experts = models(2)
     base["count"] = torch.tensor(4)
     for expert in experts.values():
@@ -302,15 +304,15 @@ def test_one_parameter_is_read_at_a_time():
 
 @EACH
 @FEW
-@given(data=model_sets(2, 2))
-def test_blocks_change_nothing(method, data):
+@given(data=model_sets(2, 2), factor=st.sampled_from([1.0, 0.7]))
+def test_blocks_change_nothing(method, data, factor):
     base, experts = data
+    method = type(method)(**{**vars(method), "coefficients": (Coefficient(value=factor),)})
     whole = method.merge(base, experts)
-    before, walk.BLOCK = walk.BLOCK, 3
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for size in BLOCK_SIZES:
+            patch.setattr(walk, size, 3)
         parts = method.merge(base, experts)
-    finally:
-        walk.BLOCK = before
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-6, atol=1e-7)
 

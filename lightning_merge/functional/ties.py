@@ -15,7 +15,7 @@ Combine: TypeAlias = Literal["mean", "sum", "max"]
 ZeroSign: TypeAlias = Literal["majority", "positive", "none"]
 SumOrTies: TypeAlias = Literal["sum", "ties"]
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Entries merged at once: the passes over them stay in the cache, and are long beside a call."""
 
 

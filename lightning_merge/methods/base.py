@@ -258,11 +258,26 @@ class WeightMethod(MergeMethod):
         """What merges one parameter as a linear combination, where a method is one."""
         return None
 
-    def block_merge(self, name: str) -> BlockMerge | None:
-        """What merges one parameter block by block, without stacking, where a method can do that.
+    def merge_in_blocks(
+        self,
+        name: str,
+        base: Tensor,
+        experts: Mapping[str, StateDict],
+        coefficients: Sequence[float],
+    ) -> Tensor | None:
+        """Merge one parameter block by block, without stacking, where a method can do that.
 
-        It gives what :meth:`merge_tensor` gives, and shows every NaN and infinity in its result,
-        as linear combinations do.
+        Args:
+            name: As in :meth:`merge_tensor`, like ``base``.
+            base: Its pre-trained value.
+            experts: State dicts of the experts.
+            coefficients: Of the task vectors, one per expert.
+
+        Returns:
+            What :meth:`merge_tensor` gives, or None: only that can do it.
+
+        Raises:
+            ValueError: If a value is not finite.
         """
         return None
 
@@ -298,13 +313,16 @@ class WeightMethod(MergeMethod):
         shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
         return _Bound(**shared, function=function)
 
-    def bound_to_blocks(self, merger: Callable[[str], BlockMerge]) -> "WeightMethod":
+    def bound_to_blocks(
+        self, merger: Callable[[str], BlockMerge], *, on_cores: bool
+    ) -> "WeightMethod":
         """This method, walking by blocks with what ``merger`` gives for each parameter's name.
 
-        The merger's checks must find NaN and infinity where they can get lost in a merge.
+        The merger's checks must find NaN and infinity where they can get lost in a merge; for
+        ``on_cores`` see :func:`lightning_merge.methods.walk.map_blocks`.
         """
         shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
-        return _BoundToBlocks(**shared, merger=merger)
+        return _BoundToBlocks(**shared, merger=merger, on_cores=on_cores)
 
     def _merge_entry(self, name: str, value: Tensor, experts: Mapping[str, StateDict]) -> Tensor:
         value = value.detach()
@@ -326,9 +344,9 @@ class WeightMethod(MergeMethod):
         linear = self.linear_merge(name)
         if linear is not None:
             return map_linear(linear, name, value, experts, factors)
-        block_merge = self.block_merge(name)
-        if block_merge is not None:
-            return map_blocks(block_merge, name, value, experts, factors)
+        merged = self.merge_in_blocks(name, value, experts, factors)
+        if merged is not None:
+            return merged
         row_merge = self.row_merge(name)
         if row_merge is not None:
             return row_merge(name, value, parameter_rows(name, value, experts, factors))
@@ -352,6 +370,7 @@ class _BoundToBlocks(WeightMethod):
     """What :meth:`WeightMethod.bound_to_blocks` gives."""
 
     merger: Callable[[str], BlockMerge]
+    on_cores: bool
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         rows = list(experts.reshape(len(experts), -1))
@@ -361,5 +380,12 @@ class _BoundToBlocks(WeightMethod):
             merge.settle(merged)
         return merged.view(base.shape)
 
-    def block_merge(self, name: str) -> BlockMerge:
-        return self.merger(name)
+    def merge_in_blocks(
+        self,
+        name: str,
+        base: Tensor,
+        experts: Mapping[str, StateDict],
+        coefficients: Sequence[float],
+    ) -> Tensor:
+        merge = self.merger(name)
+        return map_blocks(merge, name, base, experts, coefficients, on_cores=self.on_cores)

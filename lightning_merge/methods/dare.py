@@ -51,7 +51,9 @@ class DARE(WeightMethod):
                 return self._drop(base.shape).merge(tasks, name, base, experts)
 
             return self.bound_to(merge)
-        return self.bound_to_blocks(lambda n: self._drop(shape_of(base, n)).for_blocks(tasks))
+        return self.bound_to_blocks(
+            lambda name: self._drop(shape_of(base, name)).for_blocks(tasks), on_cores=True
+        )
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter of experts that are called "0", "1", and so on."""

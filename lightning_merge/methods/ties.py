@@ -93,11 +93,15 @@ class TIES(WeightMethod):
         # and of entries that tie for the last place the first ones stay
         names = sorted(self.method_names(base))
         if self.scope == "tensor":
-            return self.bound_to_blocks(lambda name: self._merger(model, [name], name))
+            return self.bound_to_blocks(
+                lambda name: self._merger(model, [name], name), on_cores=False
+            )
         cuts = model.cuts(names)
         # at once and by all cores: somewhere in a large model task vectors always cancel
         sign = model.majority_sign(names, cuts) if self.zero_sign == "majority" else 0.0
-        return self.bound_to_blocks(lambda name: self._merger_of(cuts[name], lambda: sign))
+        return self.bound_to_blocks(
+            lambda name: self._merger_of(cuts[name], lambda: sign), on_cores=False
+        )
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
         """Merge one floating-point parameter, trimmed on its own: the scope ``tensor``."""
@@ -214,6 +218,7 @@ class _Model:
                 self.base[name].detach(),
                 self.experts,
                 coefficients_of(name, tuple(self.experts), self.method.coefficients),
+                on_cores=False,
             )
             total += float(signs.sum(dtype=torch.float64))
         return float(np.sign(total))

@@ -156,6 +156,8 @@ def map_blocks(
     base: Tensor,
     experts: Mapping[str, StateDict],
     coefficients: Sequence[float],
+    *,
+    on_cores: bool,
 ) -> Tensor:
     """Apply an element-wise merge block by block: nothing is copied, intermediates stay in cache.
 
@@ -165,6 +167,9 @@ def map_blocks(
         base: Its pre-trained value, of any shape.
         experts: State dicts of the experts.
         coefficients: One per expert.
+        on_cores: Merge blocks side by side, a core each: where NumPy does much of the work, which
+            has one thread. Else one after the other, with all of torch's threads: the hand-over
+            between Python's threads is too large a part of fast operations.
 
     Raises:
         ValueError: If a value is not finite.
@@ -181,7 +186,7 @@ def map_blocks(
             blocks.check_each()
 
     starts = range(0, base.numel(), BLOCK)
-    if base.device.type != "cpu":
+    if base.device.type != "cpu" or not on_cores:
         for start in starts:
             merge_block(start)
     else:
@@ -200,9 +205,7 @@ def map_linear(
 ) -> Tensor:
     """A linear combination block by block, each written in its place with all of torch's threads.
 
-    A core for each block, as in :func:`map_blocks`, is slower: of the few and fast operations on a
-    block, the hand-over between Python's threads is too large a part. Arguments and errors are
-    those of :func:`map_blocks`.
+    Arguments and errors are those of :func:`map_blocks`.
     """
     blocks = _Blocks(name, base, experts, coefficients)
     size = LINEAR_BLOCK if blocks.are_direct else COPIED_BLOCK

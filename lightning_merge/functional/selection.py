@@ -18,8 +18,8 @@ SAMPLE = 1 << 18
 SMALL = 1 << 12
 """A vector that is not longer is selected from as a whole."""
 
-BLOCK = 1 << 17
-"""Entries looked at together, so that intermediates stay in the cache."""
+BLOCK = 1 << 18
+"""Entries looked at together, so that intermediates stay in the cache, and are worth a thread."""
 
 Chunks: TypeAlias = Callable[[], Iterable[Float[Tensor, " n"]]]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_merge.functional.dare import Rescale
 from lightning_merge.functional.ties import SumOrTies
 from lightning_merge.methods.base import WeightMethod
+from lightning_merge.methods.blocks import Rooms
 from lightning_merge.methods.checks import check_density, check_scale
 from lightning_merge.methods.masks import RandomDrop, numbered
 from lightning_merge.states import StateDict, shape_of
@@ -51,8 +52,9 @@ class DARE(WeightMethod):
                 return self._drop(base.shape).merge(tasks, name, base, experts)
 
             return self.bound_to(merge)
+        rooms = Rooms()
         return self.bound_to_blocks(
-            lambda name: self._drop(shape_of(base, name)).for_blocks(tasks), on_cores=True
+            lambda name: self._drop(shape_of(base, name)).for_blocks(tasks, rooms), on_cores=True
         )
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from lightning_merge.functional.ties import (
     combined,
     minus_side,
 )
-from lightning_merge.methods.blocks import Begin, Thin, in_blocks
+from lightning_merge.methods.blocks import Begin, Rooms, Thin, in_blocks
 from lightning_merge.methods.walk import BlockMerge, SettledMerge
 
 Keep: TypeAlias = Callable[[Tensor], Tensor | float]
@@ -49,12 +49,12 @@ class RandomDrop:
         """What merges one parameter of these experts: the masks depend on their names."""
         return partial(self.merge, tuple(tasks))
 
-    def for_blocks(self, tasks: Sequence[str]) -> BlockMerge:
+    def for_blocks(self, tasks: Sequence[str], rooms: Rooms) -> BlockMerge:
         """The same block by block, where all entries have one probability and no norm is kept."""
         begin = partial(self._begin, tuple(tasks))
         if self.combine == "ties":
-            return _ElectInBlocks(begin, self._block_scale)
-        return in_blocks(begin, self._summed)
+            return _ElectInBlocks(begin, self._block_scale, rooms)
+        return in_blocks(begin, self._summed, rooms)
 
     def _begin(self, tasks: Sequence[str], name: str, start: int, size: int) -> Thin:
         keep = self.keep(torch.empty(0))
@@ -95,8 +95,8 @@ class _ElectInBlocks(SettledMerge):
     after the last block: until then it is plus, and what minus would give is kept.
     """
 
-    def __init__(self, begin: Begin, scale: float) -> None:
-        self._merge, self._scale = in_blocks(begin, self._elected), scale
+    def __init__(self, begin: Begin, scale: float, rooms: Rooms) -> None:
+        self._merge, self._scale = in_blocks(begin, self._elected, rooms), scale
         self._signs, self._open, self._lock = 0.0, list[tuple[Tensor, Tensor, Tensor]](), Lock()
 
     def __call__(self, name: str, start: int, base: Tensor, rows: Sequence[Tensor]) -> Tensor:

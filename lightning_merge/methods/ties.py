@@ -26,7 +26,7 @@ from lightning_merge.functional.ties import (
     trim_by,
 )
 from lightning_merge.methods.base import TaskVectorReader, WeightMethod
-from lightning_merge.methods.blocks import MergeThinned, in_blocks
+from lightning_merge.methods.blocks import MergeThinned, Rooms, in_blocks
 from lightning_merge.methods.checks import check_density, check_scale, in_order
 from lightning_merge.methods.rules import coefficients_of
 from lightning_merge.methods.walk import BlockMerge, map_blocks
@@ -88,19 +88,19 @@ class TIES(WeightMethod):
         """Find the cuts of the scope in passes of their own, so that the merge can go by blocks."""
         if self.weights is not None and list(self.weights) != list(experts):
             return replace(self, weights=in_order(self.weights, experts)).bind(base, experts)
-        model = _Model(self, base, experts)
+        model, rooms = _Model(self, base, experts), Rooms()
         # by name: a file keeps its tensors in another order than the model it was written from,
         # and of entries that tie for the last place the first ones stay
         names = sorted(self.method_names(base))
         if self.scope == "tensor":
             return self.bound_to_blocks(
-                lambda name: self._merger(model, [name], name), on_cores=False
+                lambda name: self._merger(model, [name], name, rooms), on_cores=False
             )
         cuts = model.cuts(names)
         # at once and by all cores: somewhere in a large model task vectors always cancel
         sign = model.majority_sign(names, cuts) if self.zero_sign == "majority" else 0.0
         return self.bound_to_blocks(
-            lambda name: self._merger_of(cuts[name], lambda: sign), on_cores=False
+            lambda name: self._merger_of(cuts[name], lambda: sign, rooms), on_cores=False
         )
 
     def merge_tensor(self, name: str, base: Tensor, experts: Tensor) -> Tensor:
@@ -124,12 +124,15 @@ class TIES(WeightMethod):
         if self.combine == "max":
             raise ValueError("weights have no part in combine: max; use coefficients there.")
 
-    def _merger(self, model: "_Model", scope: list[str], name: str) -> BlockMerge:
+    def _merger(self, model: "_Model", scope: list[str], name: str, rooms: Rooms) -> BlockMerge:
         cuts = model.cuts(scope)
-        return self._merger_of(cuts[name], cache(lambda: model.majority_sign(scope, cuts)))
+        sign = cache(lambda: model.majority_sign(scope, cuts))
+        return self._merger_of(cuts[name], sign, rooms)
 
-    def _merger_of(self, cuts: Sequence[_Cut], majority: Callable[[], float]) -> BlockMerge:
-        return _blockwise(cuts, partial(self._merge_trimmed, majority))
+    def _merger_of(
+        self, cuts: Sequence[_Cut], majority: Callable[[], float], rooms: Rooms
+    ) -> BlockMerge:
+        return _blockwise(cuts, partial(self._merge_trimmed, majority), rooms)
 
     def _merge_trimmed(
         self, majority: Callable[[], float], start: int, base: Tensor, trimmed: Tensor, room: Room
@@ -156,8 +159,8 @@ class _Trim:
         self._ties[t] -= used
 
 
-def _blockwise(cuts: Sequence[_Cut], merge: MergeThinned) -> BlockMerge:
-    return in_blocks(lambda _, start, size: _Trim(cuts, start, size), merge)
+def _blockwise(cuts: Sequence[_Cut], merge: MergeThinned, rooms: Rooms) -> BlockMerge:
+    return in_blocks(lambda _, start, size: _Trim(cuts, start, size), merge, rooms)
 
 
 def _elected(
@@ -210,10 +213,10 @@ class _Model:
 
     def majority_sign(self, names: list[str], cuts: Mapping[str, Sequence[_Cut]]) -> float:
         """Sign of most entries of the scope: a pass of its own, asked for only where needed."""
-        total = 0.0
+        total, rooms = 0.0, Rooms()
         for name in names:
             signs = map_blocks(
-                _blockwise(cuts[name], partial(_elected, self.method.weight_vector())),
+                _blockwise(cuts[name], partial(_elected, self.method.weight_vector()), rooms),
                 name,
                 self.base[name].detach(),
                 self.experts,

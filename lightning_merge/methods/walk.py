@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_merge.functional.parallel import map_on_cores
 from lightning_merge.states import StateDict, check_finite
 
-BLOCK = 1 << 17
-"""Entries of one parameter that a linear method sees at once, so that they stay in the cache."""
+BLOCK = 1 << 18
+"""Entries of one parameter that an element-wise method sees at once, worth a call or a thread."""
 
 
 BlockMerge: TypeAlias = Callable[[str, int, Tensor, Sequence[Tensor]], Tensor]

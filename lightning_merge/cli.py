@@ -1,4 +1,4 @@
-"""The command line: Lightning's own, with ``merge``, ``sweep``, ``diagnose`` and ``export``."""
+"""The command line: Lightning's own, and the stages of merging."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ from lightning_merge.lost import LostProcessError
 from lightning_merge.strategies import FirstProcessError
 from lightning_merge.trainer import MergeTrainer
 
-OWN = ("merge", "sweep", "diagnose", "export", "import")
+OWN = ("merge", "sweep", "diagnose", "compress", "export", "import")
 ABOUT = "Fine-tune experts, merge them, and steer the merged model with a preference."
 COMMANDS = ("fit", "validate", "test", "predict", *OWN)
 

@@ -19,7 +19,7 @@ from lightning_merge.logging import log_sweep
 from lightning_merge.merged import MergedModel
 from lightning_merge.merged_folder import record_scores
 from lightning_merge.merging import Correction, merge_experts
-from lightning_merge.methods import MergeMethod, WeightMethod
+from lightning_merge.methods import ExpertStore, MergeMethod, WeightMethod
 from lightning_merge.methods.buffers import knowing_buffers
 from lightning_merge.networks import floating_buffers
 from lightning_merge.pareto import SweepResult
@@ -119,6 +119,21 @@ def dry_run(
     buffers = floating_buffers(experts.network(), experts.base) if experts.model else []
     tried = [knowing_buffers(one, buffers) for one in tried]
     trainer.print("\n\n".join(plan_text(one, experts.base, states) for one in tried))
+
+
+def compress(
+    trainer: Trainer, pool: str, output: str, method: ExpertStore, tasks: list[str] | None
+) -> None:
+    """Write the experts into one file, and tell how near each comes when it is rebuilt."""
+    experts = ExpertPool.open(pool)
+    states = {task: experts.expert(task) for task in chosen_tasks(experts, tasks)}
+    buffers = floating_buffers(experts.network(), experts.base) if experts.model else []
+    store = knowing_buffers(method, buffers).save(output, experts.base, states)
+    for task, expert in states.items():
+        error = store.error(task, experts.base, expert)
+        trainer.print(f"{task}: rebuilt with an error of {error:.3g}, where the base has 1")
+    size = Path(output).stat().st_size / experts.base.path.stat().st_size
+    trainer.print(f"wrote {output}: {len(states)} experts in {size:.3g} times the base's size")
 
 
 def diagnose(

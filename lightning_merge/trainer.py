@@ -17,7 +17,7 @@ from lightning_merge.importing import calibration_file, open_pool
 from lightning_merge.loading import example_inputs, load_merged
 from lightning_merge.lost import naming_lost_processes
 from lightning_merge.merging import BatchNorm, SameBase
-from lightning_merge.methods import Average, MergeMethod, WeightMethod
+from lightning_merge.methods import Average, ExpertStore, MergeMethod, TSVCompress, WeightMethod
 from lightning_merge.methods.interference import ReportDepth
 from lightning_merge.sweeping import PreferenceGrid
 from lightning_merge.testing import Client, TestSteps
@@ -216,6 +216,28 @@ class MergeTrainer(Trainer):
         """
         settings = (heuristics, tasks, num_folds, tokens_per_sample, num_samples, batch_size)
         self._launch(stages.diagnose, model, pool, output, *settings)
+
+    def compress(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        pool: str,
+        output: str,
+        method: ExpertStore = TSVCompress(),  # noqa: B008 (frozen)
+        tasks: list[str] | None = None,
+    ) -> None:
+        """Keep all experts of a pool in one small file, from which any of them is rebuilt.
+
+        Args:
+            model: Not needed.
+            datamodule: Not needed.
+            pool: Folder of the expert pool.
+            output: The ``.safetensors`` file to write.
+            method: What is kept of each expert.
+            tasks: Keep these only, in this order; all of the pool by default.
+        """
+        stages.compress(self, pool, output, method, tasks)
 
     def export(
         self,

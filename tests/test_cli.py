@@ -9,11 +9,12 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_merge import ExpertPool, MergedModel, merge_experts
 from lightning_merge.cli import COMMANDS, main, restricted
+from lightning_merge.methods import MaskedExperts
 from tests.callbacks.project import Classifier, samples
 from tests.networks import tuned
 
 TASKS = ["one", "two", "three"]
-STAGES = {"merge": "pool", "sweep": "merged", "export": "merged"}
+STAGES = {"merge": "pool", "sweep": "merged", "compress": "pool", "export": "merged"}
 QUIET = (
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
@@ -70,6 +71,7 @@ def test_the_help_names_all_commands(capsys):
 HEADINGS = {
     "merge": "Merge the experts of a pool and calibrate the correction:",
     "sweep": "Evaluate a merged model under every preference and write the report:",
+    "compress": "Keep all experts of a pool in one small file, from which any of them is rebuilt:",
     "export": "Write the model tailored to one preference to a file that needs nothing of this",
 }
 
@@ -98,6 +100,7 @@ def test_printed_configs_can_be_read_again(command, capsys, tmp_path):
     own = {
         "merge": ("--pool=p", "--output=m", "--method=TIES", "--method.density=0.3"),
         "sweep": ("--merged=m", "--output=s", "--grid.pairwise=5"),
+        "compress": ("--pool=p", "--output=f", "--method=TALLCompress", "--method.threshold=0.2"),
         "export": ("--merged=m", "--output=f", "--preference.one=0.7", "--preference.two=0.3"),
     }.get(command, ("--model=tests.callbacks.project.Classifier",))
     code, out, err = run(capsys, command, *own, "--print_config")
@@ -151,18 +154,24 @@ fit:
   trainer: {max_epochs: 7}
 merge: {pool: pool, output: merged, method: {class_path: TIES, init_args: {density: 0.5}}}
 sweep: {merged: merged, output: sweep, grid: {pairwise: 3, response: 3, lattice: 0}}
+compress: {pool: pool, output: small/experts.safetensors, method: {class_path: TALLCompress}}
 export: {merged: merged, output: out.safetensors, preference: {one: 1.0}}
 """
 
 
 def test_one_file_serves_all_commands(pool, tmp_path, capsys):
     (tmp_path / "suite.yaml").write_text(SUITE)
-    for command in ("merge", "sweep", "export"):
+    for command in ("merge", "sweep", "compress", "export"):
         code, out, err = run(capsys, command, "-c", "suite.yaml")
         assert code == 0, out + err
     assert MergedModel.load("merged").record["method"]["init_args"]["density"] == 0.5
     assert (tmp_path / "sweep" / "report.html").exists()
     assert (tmp_path / "out.safetensors").exists()
+    assert MaskedExperts(tmp_path / "small" / "experts.safetensors").tasks == (
+        "one",
+        "three",
+        "two",
+    )
     # a later word has the last say
     run(capsys, "merge", "-c", "suite.yaml", "--method=TaskArithmetic", "--method.scale=0.4")
     assert MergedModel.load("merged").record["method"]["init_args"]["scale"] == 0.4
@@ -233,6 +242,10 @@ MISTAKES = {
     "negative": (
         ("export", "--merged=merged", "--output=f", "--preference.one=-1"),
         "'one' is -1.0",
+    ),
+    "rank": (
+        ("compress", "--pool=pool", "--output=f", "--method.rank=0"),
+        "rank must be at least 1",
     ),
     "unwritable": (("merge", "--pool=pool", "--output=/proc/m"), "cannot write /proc/m"),
     "no file": (("merge", "-c", "none.yaml"), "none.yaml does not exist"),

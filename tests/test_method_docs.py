@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import lightning_merge.methods as methods
-from lightning_merge.methods import MergeMethod, WeightMethod
+from lightning_merge.methods import ExpertStore, MergeMethod, WeightMethod
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
 PAGES = sorted(FOLDER.glob("*.md"))
@@ -21,7 +21,7 @@ def blocks(page):
 
 def build(arguments):
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(MergeMethod, "method")
+    parser.add_subclass_arguments((MergeMethod, ExpertStore), "method")
     return made(parser, parser.parse_object(arguments))
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_merge import ExpertPool, MergedModel, merge_experts
 from lightning_merge.loading import network_within
-from lightning_merge.methods import TaskArithmetic
+from lightning_merge.methods import TALLCompress, TaskArithmetic, TSVCompress
 from lightning_merge.networks import split_state
 from lightning_merge.trainer import MergeTrainer
 from tests.callbacks.project import Classifier, Net, WithTeacher, samples
@@ -55,6 +55,28 @@ def test_merge_is_merge_experts_under_the_trainer(pool, tmp_path):
     for task in found.tasks:
         for name, value in expected.statistics[task].tensors().items():
             assert torch.equal(found.statistics[task].tensors()[name], value)
+
+
+@pytest.mark.parametrize("method", [TSVCompress(rank=2), TALLCompress(threshold=0.2)])
+def test_compressed_experts_are_those_of_python(method, pool, tmp_path, capsys):
+    options = {"pool": str(pool.path), "tasks": ["three", "one"]}
+    trainer_of().compress(**options, output=str(tmp_path / "small"), method=method)
+    experts = {task: pool.expert(task) for task in options["tasks"]}
+    expected = method.save(tmp_path / "expected", pool.base, experts)
+    found = type(expected)(tmp_path / "small")
+    out = capsys.readouterr().out
+    assert found.tasks == ("three", "one")
+    for task in found.tasks:
+        rebuilt, named = found.expert(task, pool.base), experts[task]
+        for name, value in expected.expert(task, pool.base).items():
+            assert torch.equal(rebuilt[name], value)
+        lost, moved = (
+            torch.cat([(state[n] - named[n]).flatten().double() for n in named]).norm()
+            for state in (rebuilt, dict(pool.base))
+        )
+        assert found.error(task, pool.base, experts[task]) == pytest.approx(float(lost / moved))
+        assert f"{task}: rebuilt with an error of {float(lost / moved):.3g}" in out
+    assert "2 experts in " in out
 
 
 class Recording(Suite):

@@ -17,6 +17,7 @@ from lightning_merge.methods.projection import OutputProjection
 from lightning_merge.methods.regmean import RegMean
 from lightning_merge.methods.rules import Coefficient
 from lightning_merge.methods.slerp import Slerp
+from lightning_merge.methods.stored import ExpertStore
 from lightning_merge.methods.tall_store import MaskedExperts, TALLCompress
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
@@ -34,6 +35,7 @@ __all__ = [
     "Coefficient",
     "CompressedExperts",
     "Consensus",
+    "ExpertStore",
     "Fisher",
     "GreedySoup",
     "IsoC",

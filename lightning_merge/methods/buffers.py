@@ -6,8 +6,10 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from lightning_merge.methods.base import MergeMethod, WeightMethod
+from lightning_merge.methods.stored import ExpertStore
+from lightning_merge.methods.tall_store import TALLCompress
 
-Method = TypeVar("Method", bound=MergeMethod)
+Method = TypeVar("Method", bound=MergeMethod | ExpertStore)
 
 
 def knowing_buffers(method: Method, names: Sequence[str]) -> Method:
@@ -20,7 +22,7 @@ def knowing_buffers(method: Method, names: Sequence[str]) -> Method:
     changes: dict[str, Any] = {
         field.name: _knowing(getattr(method, field.name), names) for field in fields(method)
     }
-    if isinstance(method, WeightMethod):
+    if isinstance(method, (WeightMethod, TALLCompress)):
         changes["buffers"] = (*method.buffers, *(glob.escape(name) for name in names))
     return replace(method, **changes)
 

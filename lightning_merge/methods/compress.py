@@ -12,14 +12,14 @@ from torch import Tensor
 from lightning_merge.functional.spectral import leading_triplets
 from lightning_merge.functional.task_arithmetic import task_vectors_of
 from lightning_merge.methods.matrices import Convolutions, is_matrix
-from lightning_merge.methods.stored import StoredExperts, is_statistic, whole_entries
+from lightning_merge.methods.stored import ExpertStore, StoredExperts, is_statistic, whole_entries
 from lightning_merge.methods.walk import parameter_rows
 from lightning_merge.states import StateDict, check_compatible, shape_of, tied_names
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TSVCompress:
+class TSVCompress(ExpertStore):
     """Keeps of every expert the leading singular triplets of its updates (arXiv:2412.00081).
 
     With the paper's rank, the factors of all tasks together are about as large as the base.

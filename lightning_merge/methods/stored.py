@@ -1,11 +1,14 @@
 """Files that hold all experts in little space, and give any of them back."""
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_merge.files import write_tensors
@@ -18,6 +21,21 @@ from lightning_merge.states import (
     kind_of,
     tied_names,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertStore(ABC):
+    """A recipe that keeps all experts in one small file, instead of merging them."""
+
+    @abstractmethod
+    def save(
+        self, path: str | Path, base: StateDict, experts: Mapping[str, StateDict]
+    ) -> "StoredExperts":
+        """Write the experts into one safetensors file and open it.
+
+        Raises:
+            ValueError: If the experts do not fit the base, or a value is not finite.
+        """
 
 
 class StoredExperts(ABC):
@@ -76,6 +94,19 @@ class StoredExperts(ABC):
             rebuilt[name] = rebuilt[first]
         return {name: rebuilt[name] for name in base}
 
+    def error(self, task: str, base: StateDict, expert: StateDict) -> float:
+        """Distance of a rebuilt expert from the expert, as a share of the base's distance from it.
+
+        Over the floating-point entries; 0 where nothing was lost.
+        """
+        rebuilt = self.expert(task, base)
+        names = [name for name in base if kind_of(base, name) == "floating"]
+        lost, moved = (
+            math.hypot(*(_distance(state[name], expert[name]) for name in names))
+            for state in (rebuilt, base)
+        )
+        return lost / moved if lost else 0.0
+
     def index(self, task: str) -> int:
         """Number of a task in the file."""
         if task not in self.tasks:
@@ -96,6 +127,10 @@ class StoredExperts(ABC):
     @abstractmethod
     def _rebuild(self, index: int, name: str, base: Tensor) -> Tensor:
         """One parameter of one expert that is not stored whole."""
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float(torch.dist(one.detach().double(), other.detach().to(one.device).double()))
 
 
 def whole_key(index: int, name: str) -> str:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lightning_merge.functional.tall import pack_mask, tall_masks, unpack_mask
 from lightning_merge.functional.task_arithmetic import task_vectors_of
-from lightning_merge.methods.stored import StoredExperts, is_statistic, whole_entries
+from lightning_merge.methods.stored import ExpertStore, StoredExperts, is_statistic, whole_entries
 from lightning_merge.methods.walk import stack_parameter
 from lightning_merge.states import StateDict, check_compatible, tied_names
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TALLCompress:
+class TALLCompress(ExpertStore):
     """Keeps of all experts the sum of their task vectors, and of each a mask (arXiv:2405.07813).
 
     The file is as large as the base, in whose dtype the sum is, plus a bit for each of its entries

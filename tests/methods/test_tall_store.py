@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lightning_merge.methods import MaskedExperts, TALLCompress
+from lightning_merge.methods import MaskedExperts, TALLCompress, TSVCompress
+from lightning_merge.methods.buffers import knowing_buffers
 from tests.methods.models import models
 
 SHAPES = {"a.w": (7, 5), "a.b": (3,), "scale": (), "empty": (0, 4), "norm.running_var": (4,)}
@@ -99,3 +100,9 @@ def test_errors(tmp_path):
     experts["task0"]["a.w"][0, 0] = float("inf")
     with pytest.raises(ValueError, match="expert 'task0': parameter 'a.w'"):
         TALLCompress().save(tmp_path / "v.safetensors", base, experts)
+
+
+def test_buffers_of_a_network_are_stored_whole():
+    told = knowing_buffers(TALLCompress(buffers=("a.*",)), ["norm[0].scale"])
+    assert told == TALLCompress(buffers=("a.*", "norm[[]0].scale"))
+    assert knowing_buffers(TSVCompress(), ["norm.scale"]) == TSVCompress()

@@ -36,6 +36,7 @@ from lightning_merge.report.diagnosis_figure import write_diagnosis_picture
 from lightning_merge.scoring import declared
 from lightning_merge.selecting import corrections_with, select_from, select_merge
 from lightning_merge.sources import chosen_tasks
+from lightning_merge.states import StateDict
 from lightning_merge.strategies import on_first, runtime_of, sharded
 from lightning_merge.sweeping import PreferenceGrid, sweep_model
 from lightning_merge.testing import TestSteps, sweep_test_steps
@@ -113,21 +114,27 @@ def dry_run(
     select: bool | list[MergeMethod],
 ) -> None:
     """Print what each parameter would get."""
-    experts = ExpertPool.open(pool)
-    states = {task: experts.expert(task) for task in chosen_tasks(experts, tasks)}
+    experts, states, buffers = _chosen(pool, tasks)
     tried = [method] if select is False else select_from(select, method, len(states))
-    buffers = floating_buffers(experts.network(), experts.base) if experts.model else []
     tried = [knowing_buffers(one, buffers) for one in tried]
     trainer.print("\n\n".join(plan_text(one, experts.base, states) for one in tried))
+
+
+def _chosen(
+    pool: str, tasks: list[str] | None
+) -> tuple[ExpertPool, dict[str, StateDict], list[str]]:
+    """A pool, the weights of the tasks chosen, and the names of its network's floating buffers."""
+    experts = ExpertPool.open(pool)
+    states = {task: experts.expert(task) for task in chosen_tasks(experts, tasks)}
+    buffers = floating_buffers(experts.network(), experts.base) if experts.model else []
+    return experts, dict(states), buffers
 
 
 def compress(
     trainer: Trainer, pool: str, output: str, method: ExpertStore, tasks: list[str] | None
 ) -> None:
     """Write the experts into one file, and tell how near each comes when it is rebuilt."""
-    experts = ExpertPool.open(pool)
-    states = {task: experts.expert(task) for task in chosen_tasks(experts, tasks)}
-    buffers = floating_buffers(experts.network(), experts.base) if experts.model else []
+    experts, states, buffers = _chosen(pool, tasks)
     store = knowing_buffers(method, buffers).save(output, experts.base, states)
     for task, expert in states.items():
         error = store.error(task, experts.base, expert)

@@ -3,7 +3,6 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -150,19 +149,14 @@ def kind_of(state: StateDict, name: str) -> str:
 def _kind(tensor: Tensor) -> str:
     if tensor.layout is not torch.strided:
         return "sparse"
-    return "meta" if tensor.is_meta else _kind_of_dtype(tensor.dtype)
-
-
-@cache
-def _kind_of_dtype(dtype: torch.dtype) -> str:
-    example = torch.empty(0, dtype=dtype)
-    if example.is_quantized:
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
         return "quantized"
-    if example.is_complex():
-        return "complex"
-    if _is_narrow(example):
-        return "float8"
-    return "floating" if example.is_floating_point() else "integer"
+    dtype = tensor.dtype
+    if dtype.is_floating_point:
+        return "float8" if dtype.itemsize == 1 else "floating"
+    return "complex" if dtype.is_complex else "integer"
 
 
 def tied_names(state: StateDict) -> dict[str, str]:

@@ -5,7 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, Protocol, TypeAlias, final, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -308,10 +308,13 @@ class WeightMethod(MergeMethod):
         """Average of ``(T, *shape)`` for entries that the method does not merge."""
         return average(experts, torch.ones(len(experts), dtype=torch.float64))
 
+    def common_options(self) -> dict[str, Any]:
+        """The options that every weight method has, to hand on to another one."""
+        return {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
+
     def bound_to(self, function: Callable[[str, Tensor, Tensor], Tensor]) -> "WeightMethod":
         """This method with another :meth:`merge_tensor`: one that knows the whole model."""
-        shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
-        return _Bound(**shared, function=function)
+        return _Bound(**self.common_options(), function=function)
 
     def bound_to_blocks(
         self, merger: Callable[[str], BlockMerge], *, on_cores: bool
@@ -321,8 +324,7 @@ class WeightMethod(MergeMethod):
         The merger's checks must find NaN and infinity where they can get lost in a merge; for
         ``on_cores`` see :func:`lightning_merge.methods.walk.map_blocks`.
         """
-        shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
-        return _BoundToBlocks(**shared, merger=merger, on_cores=on_cores)
+        return _BoundToBlocks(**self.common_options(), merger=merger, on_cores=on_cores)
 
     def _merge_entry(self, name: str, value: Tensor, experts: Mapping[str, StateDict]) -> Tensor:
         value = value.detach()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, final
 
@@ -79,5 +79,4 @@ class Consensus(WeightMethod):
         return add_update(base, kept, self.scale)
 
     def _ties(self) -> TIES:
-        shared = {field.name: getattr(self, field.name) for field in fields(WeightMethod)}
-        return TIES(**shared, density=self.density)
+        return TIES(**self.common_options(), density=self.density)
